@@ -203,7 +203,7 @@ pub async fn of_event<S: Store>(
         let begun = clock::instant();
         let with_event = match &wish {
             Wish::Not(_) if spare.is_zero() => WithEvent::default(),
-            _ => deliveries(store, &subscriber, print, event.at).await?,
+            _ => deliveries(store, &subscriber, print, event.at, &reach.gaps).await?,
         };
         let (mut fate, deliveries) = decided(&with_event, &reach.gaps);
         if let Some(known) = &fate {
@@ -290,25 +290,30 @@ fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) 
     }
 }
 
-/// Reads the deliveries from the event's time on; without any, also those before it, for a producer
-/// whose clock is ahead.
+/// Reads the deliveries from the event's time on. Without one whose end is certain, also those before
+/// it: for a producer whose clock is ahead, and for a daemon that was killed while its clock was, and
+/// whose successor sent the event with the clock set back.
 async fn deliveries<S: Store>(
     store: &S,
     subscriber: &SubscriberName,
     print: Print,
     at: SystemTime,
+    gaps: &[Gap],
 ) -> Result<WithEvent, StoreError> {
     let before = |time: Duration| at.checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH);
     let far = at + Duration::from_secs(100 * 365 * 24 * 3600);
     let found =
         store.deliveries_with(subscriber.as_str(), print, before(BLUR), far, READ_TIME).await?;
-    if !found.deliveries.is_empty() {
+    let is_certain =
+        |d: &Delivery| accepted(d).is_some() || lacks_since(gaps, d.changed_at).is_none();
+    if found.deliveries.iter().any(is_certain) {
         return Ok(found);
     }
-    let earlier = store
+    let mut earlier = store
         .deliveries_with(subscriber.as_str(), print, before(AHEAD), before(BLUR), READ_TIME)
         .await?;
     // What the later ones lack decides why nothing is known.
+    earlier.deliveries.extend(found.deliveries);
     let (without_prints, searched_until) = (found.without_prints, found.searched_until);
     Ok(WithEvent { deliveries: earlier.deliveries, without_prints, searched_until })
 }
@@ -644,6 +649,21 @@ mod tests {
         assert_eq!(f.fate().await, Fate::Retrying { due: at(1150), last: last("m1", 1, 503) });
         f.has_batch = None;
         assert!(f.unknown().await.contains("the store was away"));
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_again_with_the_clock_set_back_is_found_before_the_event() {
+        let f = Fixture::new().await;
+        f.record("killed", 1001, vec![started(1)]).await;
+        f.store.memory().gaps.push(Gap {
+            from: at(900),
+            until: at(1001),
+            what: "deliveries",
+            why: "the daemon was killed".to_owned(),
+            missing: None,
+        });
+        f.record("again", 971, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await, Fate::Delivered { at: at(972), last: last("again", 1, 200) });
     }
 
     #[tokio::test]
