@@ -211,14 +211,8 @@ impl History {
         self.taken = delivery.delivery_tag;
         let published = delivery.data.len();
         if let Some(id) = history_mark::id_of(&delivery) {
-            if delivery.redelivered {
-                // A channel that is closed gives messages back in any order: events from before the
-                // mark may come after it.
-                self.shared.marks.unsent(id);
-            } else {
-                let sent_at = self.shared.marks.sent_at(id);
-                self.mark = sent_at.map(|at| (self.taken, at)).or(self.mark);
-            }
+            let sent_at = self.shared.marks.taken(id, delivery.redelivered);
+            self.mark = sent_at.map(|at| (self.taken, at)).or(self.mark);
             self.arrived(published, clock::now());
             return 0;
         }

@@ -6,6 +6,7 @@
 //! connection is half gone.
 
 use std::{
+    collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -22,6 +23,9 @@ const ROUTED: Duration = Duration::from_secs(2);
 /// it at its limit.
 const LOST: Duration = Duration::from_secs(60);
 
+/// Marks on their way that are known. A mark is sent every [`LOST`] while history is far behind.
+const MAX_MARKS: usize = 16;
+
 /// The AMQP property `type` of a mark.
 const KIND: &str = "hooktrail.mark";
 
@@ -31,8 +35,8 @@ pub(super) struct Marks(Mutex<Sent>);
 
 #[derive(Debug, Default)]
 struct Sent {
-    /// The last one, and when it was sent.
-    last: Option<(String, Instant)>,
+    /// Those that were not taken yet, and when they were sent; the oldest first.
+    on_their_way: VecDeque<(String, Instant)>,
     /// When the last one that was taken, with all before it, had been sent.
     passed: Option<Instant>,
 }
@@ -59,29 +63,39 @@ impl Marks {
         if sent.passed.is_some_and(|passed| passed >= from) {
             return Marked::Passed;
         }
-        let is_on_its_way =
-            sent.last.as_ref().is_some_and(|(_, at)| *at >= from && now < *at + LOST);
+        let is_on_its_way = sent.on_their_way.iter().any(|(_, at)| *at >= from && now < *at + LOST);
         if now < from || is_on_its_way {
             return Marked::Waits;
         }
-        sent.last = Some((id.to_owned(), now));
+        // The oldest are taken first: were they given up for later ones, a history that is far behind
+        // would never come to one.
+        sent.on_their_way.truncate(MAX_MARKS - 1);
+        sent.on_their_way.push_back((id.to_owned(), now));
         Marked::Send
     }
 
     /// The mark was not sent.
     pub(super) fn unsent(&self, id: &str) {
-        self.sent().last.take_if(|(last, _)| last == id);
+        self.sent().on_their_way.retain(|(sent, _)| sent != id);
     }
 
-    /// When the mark with this id was sent; `None` if another one was sent since.
-    pub(super) fn sent_at(&self, id: &str) -> Option<Instant> {
-        self.sent().last.as_ref().filter(|(last, _)| last == id).map(|(_, at)| *at)
+    /// The mark with this id was taken. Returns when it was sent: everything before it was taken too.
+    ///
+    /// One that was redelivered proves nothing, and is forgotten: a channel that is closed gives
+    /// messages back in any order, so that events from before the mark may come after it.
+    pub(super) fn taken(&self, id: &str, is_redelivered: bool) -> Option<Instant> {
+        if is_redelivered {
+            self.unsent(id);
+        }
+        self.sent().on_their_way.iter().find(|(sent, _)| sent == id).map(|(_, at)| *at)
     }
 
     /// Everything that was in the queue before the mark of this moment is in the store.
     pub(super) fn passed(&self, at: Instant) {
         let mut sent = self.sent();
         sent.passed = sent.passed.max(Some(at));
+        // Those that were sent before are taken, or lost.
+        sent.on_their_way.retain(|(_, sent)| *sent > at);
     }
 }
 
@@ -108,24 +122,53 @@ mod tests {
     use super::*;
     use crate::clock;
 
+    /// Moments after one at which a subscriber is bound.
+    fn bound() -> (Instant, impl Fn(u64) -> Instant) {
+        let bound = clock::instant();
+        (bound, move |seconds| bound + Duration::from_secs(seconds))
+    }
+
     #[test]
     fn history_is_past_a_binding_when_a_mark_was_taken_that_was_sent_later() {
-        let marks = Marks::default();
-        let bound = clock::instant();
-        let after = |seconds| bound + Duration::from_secs(seconds);
+        let (marks, (bound, after)) = (Marks::default(), bound());
         assert_eq!(marks.check(bound, after(1), "m-1"), Marked::Waits, "some may be on their way");
         assert_eq!(marks.check(bound, after(2), "m-1"), Marked::Send);
         assert_eq!(marks.check(bound, after(3), "m-2"), Marked::Waits, "it is not taken yet");
-        assert_eq!((marks.sent_at("m-1"), marks.sent_at("m-2")), (Some(after(2)), None));
+        assert_eq!((marks.taken("m-1", false), marks.taken("m-2", false)), (Some(after(2)), None));
         marks.passed(after(2));
         assert_eq!(marks.check(bound, after(3), "m-2"), Marked::Passed);
         assert_eq!(marks.check(after(1), after(4), "m-2"), Marked::Send, "bound later");
         assert_eq!(marks.check(after(1), after(63), "m-3"), Marked::Waits);
-        assert_eq!(marks.check(after(1), after(64), "m-3"), Marked::Send, "m-2 is lost");
-        assert_eq!(marks.sent_at("m-2"), None);
+        assert_eq!(marks.check(after(1), after(64), "m-3"), Marked::Send, "m-2 may be lost");
         marks.unsent("m-3");
         assert_eq!(marks.check(after(1), after(65), "m-4"), Marked::Send);
         marks.passed(after(2));
         assert_eq!(marks.check(bound, after(66), "m-5"), Marked::Passed);
+    }
+
+    #[test]
+    fn a_mark_that_is_redelivered_proves_nothing_and_the_next_one_is_sent_at_once() {
+        let (marks, (bound, after)) = (Marks::default(), bound());
+        assert_eq!(marks.check(bound, after(2), "m-1"), Marked::Send);
+        assert_eq!(marks.taken("m-1", true), None);
+        assert_eq!(marks.taken("m-1", false), None, "its place is not known any more");
+        assert_eq!(marks.check(bound, after(3), "m-2"), Marked::Send);
+        assert_eq!(marks.taken("m-2", false), Some(after(3)));
+    }
+
+    /// Each mark is more than a minute on its way: it counts although later ones were sent.
+    #[test]
+    fn a_history_that_is_far_behind_comes_to_an_earlier_mark() {
+        let (marks, (bound, after)) = (Marks::default(), bound());
+        let ids: Vec<String> = (0..100).map(|n| format!("m-{n}")).collect();
+        for (n, id) in (0..).zip(&ids) {
+            assert_eq!(marks.check(bound, after(2 + 60 * n), id), Marked::Send);
+        }
+        assert_eq!(marks.sent().on_their_way.len(), MAX_MARKS);
+        assert_eq!(marks.taken("m-99", false), Some(after(2 + 60 * 99)), "nor the last");
+        assert_eq!(marks.taken("m-0", false), Some(after(2)));
+        marks.passed(after(2));
+        assert_eq!(marks.check(bound, after(6000), "m-100"), Marked::Passed);
+        assert_eq!(marks.taken("m-0", false), None, "it was taken");
     }
 }

@@ -11,7 +11,7 @@ use hooktrail::{
     clock,
     config::{Backend, Config, load},
     queue::{
-        HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError, Window,
+        Begin, HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError, Window,
         amqp::{AmqpQueue, History},
     },
     store::{EventNumber, Gap, NewRow},
@@ -357,7 +357,8 @@ async fn is_taken(broker: &Broker) -> bool {
         .await
         .expect("publishes");
     let confirmed = tokio::time::timeout(Duration::from_secs(3), sent).await;
-    connection.close(200, "done".into()).await.ok();
+    // Not waited for: RabbitMQ answers it only when a dead queue does not hold the channel any more.
+    tokio::spawn(async move { connection.close(200, "done".into()).await.ok() });
     matches!(confirmed, Ok(Ok(lapin::Confirmation::Ack(None))))
 }
 
@@ -428,6 +429,7 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
             .expect("binds");
         broker.node().restart_after_kill().await;
         assert!(!is_taken(&broker).await, "the queue is dead, and every publish is refused");
+        let begun = Instant::now();
         let daemon = started(&broker, "").await;
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
@@ -435,12 +437,53 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
             async move { queue.history(start).await }
         });
         eventually("producers go on", async || is_taken(&broker).await).await;
+        // It is tried for 5 s, and deleted at the earliest 30 s later.
+        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
         let lost: Vec<String> = bound.difference(&bindings(&broker)).cloned().collect();
         assert!(lost.iter().all(|queue| *queue == name), "of subscribers: {lost:?}");
         let history = tokio::time::timeout(PATIENCE, opening).await.expect("an answer");
         let mut history = history.expect("ends").unwrap_or_else(|e| panic!("{e}"));
         broker.publish("a.b", [body(1)]).await;
         take(&mut history, 1).await;
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn a_mark_that_is_redelivered_does_not_show_that_what_was_before_it_is_stored() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        let name = configured(&broker, "").1.subscribers[0].name.clone();
+        let begin = async || daemon.queue.begin(&name).await.unwrap_or_else(|e| panic!("{e}"));
+        let mut rows = Vec::new();
+        // It is sent a moment after the subscriber was bound.
+        let taken = async {
+            while let Ok(Begin::Waits) = daemon.queue.begin(&name).await {
+                let taking = history.take(&mut rows, 10);
+                match tokio::time::timeout(Duration::from_millis(100), taking).await {
+                    Ok(taken) => return taken,
+                    Err(_) => continue,
+                }
+            }
+            panic!("passed before a mark was stored");
+        };
+        let taken = tokio::time::timeout(PATIENCE, taken).await.expect("a mark");
+        taken.unwrap_or_else(|e| panic!("{e}"));
+        // It goes back.
+        history.close().await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        for shown in [Begin::Waits, Begin::Passed] {
+            let taking = history.take(&mut rows, 10);
+            let taken = tokio::time::timeout(PATIENCE, taking).await.expect("a mark");
+            taken.unwrap_or_else(|e| panic!("{e}"));
+            history.stored().await.unwrap_or_else(|e| panic!("{e}"));
+            // The first time another mark is sent.
+            assert_eq!(begin().await, shown);
+        }
+        assert!(rows.is_empty(), "no mark is an event: {rows:?}");
         history.close().await;
         daemon.close().await;
     });
