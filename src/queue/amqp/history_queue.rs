@@ -5,7 +5,8 @@
 //! producer of the exchange. A broker that is killed within a second or two of declaring a quorum
 //! queue leaves it in that state. So it is bound only when it is older than that and was consumed on
 //! trial, and unbound at the first sign that it cannot be used: history has a gap then, and
-//! producers go on.
+//! producers go on. Only a channel on which an event was published before is held on: the broker
+//! waits 65 s for the dead queue there (measured on 3.10), and then nacks that event.
 
 use std::time::{Duration, Instant};
 

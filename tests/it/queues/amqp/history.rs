@@ -11,7 +11,8 @@ use hooktrail::{
     clock,
     config::{Backend, Config, load},
     queue::{
-        Begin, HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError, Window,
+        Begin, HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError,
+        Window,
         amqp::{AmqpQueue, History},
     },
     store::{EventNumber, Gap, NewRow},
