@@ -356,8 +356,8 @@ async fn test_new<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     Posted { session, form }: Posted,
 ) -> Response {
-    let came = console.control.test_draft(Draft::New(document(&form))).await;
-    tested(&console, &session, None, &form, came)
+    let draft = Draft::New(document(&form));
+    tested(console, session, None, form, draft).await
 }
 
 async fn test_edit<Q: Queue, S: Store>(
@@ -369,24 +369,30 @@ async fn test_edit<Q: Queue, S: Store>(
         Ok(Name(name)) => name,
         Err(refusal) => return no_such(&session, &refusal),
     };
-    let came = console.control.test_draft(Draft::Change(name.clone(), patch(&form))).await;
-    tested(&console, &session, Some(&name), &form, came)
+    let draft = Draft::Change(name.clone(), patch(&form));
+    tested(console, session, Some(name), form, draft).await
 }
 
-fn tested<Q: Queue, S: Store>(
-    console: &Console<Q, S>,
-    session: &Session,
-    name: Option<&str>,
-    form: &Form,
-    came: Result<Tested, Refusal>,
+async fn tested<Q: Queue, S: Store>(
+    console: Arc<Console<Q, S>>,
+    session: Session,
+    name: Option<String>,
+    form: Form,
+    draft: Draft,
 ) -> Response {
-    if let Ok(tested) = &came {
-        // Where it went: an endpoint that was typed gets the headers that are stored.
-        let to = tested.url.parse::<Url>().map(|url| url.origin().ascii_serialization());
-        let details = format!("not saved, to {}", to.unwrap_or_default());
-        console.record(session, "test", tested.subscriber.clone(), details);
-    }
-    Sheet { session, name, form, came: Some(came) }.answer()
+    let ending = console.clone();
+    // The browser may leave in the middle: what was sent is recorded.
+    let work = async move {
+        let came = console.control.test_draft(draft).await;
+        if let Ok(tested) = &came {
+            // Where it went: an endpoint that was typed gets the headers that are stored.
+            let to = tested.url.parse::<Url>().map(|url| url.origin().ascii_serialization());
+            let details = format!("not saved, to {}", to.unwrap_or_default());
+            console.record(&session, "test", tested.subscriber.clone(), details);
+        }
+        Sheet { session: &session, name: name.as_deref(), form: &form, came: Some(came) }.answer()
+    };
+    ending.to_its_end(work).await
 }
 
 /// A webhook that was made over the API, its document and its version.

@@ -92,7 +92,13 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self.begin(&name, paused, &by).await?;
         let operation = operation("add_subscriber", &name, by, details(&document, None));
         let put = editing.put(&self.store, &name, document.text(), None, operation).await;
-        let stored = put.map_err(not_stored)?;
+        let stored = put.map_err(|why| {
+            let mut refusal = not_stored(why);
+            if refusal.kind == ProblemKind::UnknownOutcome && secret.is_some() {
+                refusal.why += "; if it is there, rotate its secret: the one made now is not told";
+            }
+            refusal
+        })?;
         let active_since = stored.is_bound.then(|| Time(clock::now()));
         let secret = secret.map(Into::into);
         Ok(SubscriberChange { active_since, secret, ..change(stored) })
