@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 pub use self::{
     history::{Begin, GROUP_BYTES, HistorySource, HistoryStart, ReplayFloor},
-    removals::{Changing, HeldRemovals, Removals, some_of},
+    removals::{Changing, HeldRemovals, Removals, Sharing, some_of},
     waiting::{Hastened, Waiting, WaitingList},
 };
 use crate::{

@@ -15,7 +15,7 @@ use crate::{
         newcomers::{Announced, Newcomers},
         replay::Replays,
     },
-    queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    queue::{Queue, Sharing, amqp::AmqpQueue, embedded::EmbeddedQueue},
     store::{KeptSubscribers, Store, sqlite::SqliteStore},
     supervisor::{
         fleet::{self, Controls, Phase},
@@ -234,7 +234,9 @@ fn following(
     if reloader.config().admin.manage {
         let owner = queue.history_store();
         // Before the queue finds out whom to unbind.
-        queue.removals().share(owner.borrow().is_none());
+        if owner.borrow().is_none() {
+            queue.removals().share(Sharing::Unknown);
+        }
         let (following, of) = (reloader.clone(), store.clone());
         tasks.spawn(async move { following.follow_owner(owner, &of).await });
     }

@@ -27,6 +27,17 @@ pub struct Removals {
     protected: Arc<Mutex<Protected>>,
 }
 
+/// Whether another store may have subscribers of this queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sharing {
+    #[default]
+    Alone,
+    /// That is not known: which store has the history of the queue, or which is this daemon's.
+    Unknown,
+    /// Another store has the history of the queue.
+    Elsewhere,
+}
+
 /// Subscribers that were made over the API: they go on getting events although they cannot be read,
 /// or do not run.
 #[derive(Debug, Clone, Default)]
@@ -35,7 +46,7 @@ struct Protected {
     /// There may be others that cannot be read.
     all: bool,
     /// There may be others that another store has.
-    shared: bool,
+    sharing: Sharing,
     /// Those that were deleted, which is the word of an operator.
     released: BTreeSet<SubscriberName>,
 }
@@ -93,8 +104,8 @@ impl Removals {
     /// Whether a subscriber that is not configured may be unbound.
     pub(crate) fn may_unbind(&self, subscriber: &str) -> bool {
         let is_released = {
-            let Protected { names, all, shared, released } = &*self.protected();
-            if *all || *shared || names.contains(subscriber) {
+            let Protected { names, all, sharing, released } = &*self.protected();
+            if *all || *sharing != Sharing::Alone || names.contains(subscriber) {
                 return false;
             }
             released.contains(subscriber)
@@ -130,18 +141,17 @@ impl Removals {
         });
     }
 
-    /// Unbinds nobody while another store has the history of this queue, or that is not known yet:
-    /// that store may have subscribers of which this one knows nothing.
-    pub fn share(&self, shared: bool) {
-        let before = std::mem::replace(&mut self.protected().shared, shared);
-        if before && !shared {
+    /// Unbinds nobody while another store may have subscribers of this queue: this one knows nothing of
+    /// them.
+    pub fn share(&self, sharing: Sharing) {
+        let before = std::mem::replace(&mut self.protected().sharing, sharing);
+        if before != Sharing::Alone && sharing == Sharing::Alone {
             self.judged.send_modify(|_| {});
         }
     }
 
-    /// Whether another store may have subscribers of this queue.
-    pub fn is_shared(&self) -> bool {
-        self.protected().shared
+    pub fn sharing(&self) -> Sharing {
+        self.protected().sharing
     }
 
     fn protected(&self) -> MutexGuard<'_, Protected> {
@@ -283,12 +293,14 @@ mod tests {
     fn nobody_is_unbound_while_another_store_may_have_subscribers() {
         let removals = Removals::default();
         removals.judge(&names("a b"), &names("a b"));
-        removals.share(true);
         drop(removals.configure(names("a"), true));
-        assert!(removals.is_shared() && !removals.may_unbind("b"));
+        for sharing in [Sharing::Unknown, Sharing::Elsewhere] {
+            removals.share(sharing);
+            assert!(!removals.may_unbind("b"), "{sharing:?}");
+        }
         let mut changes = removals.changes();
         changes.mark_unchanged();
-        removals.share(false);
+        removals.share(Sharing::Alone);
         assert!(removals.may_unbind("b") && changes.has_changed().expect("open"));
         removals.protect(BTreeSet::new(), true);
         assert!(!removals.may_unbind("b"), "some cannot be read");

@@ -39,6 +39,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether its deletion had no known end.
+    pub(super) fn is_maybe_deleted(&self) -> bool {
+        self.maybe_deleted
+    }
+
     /// As it is stored; `None` if it cannot be read.
     pub fn stored(&self) -> Option<&StoredSubscriber> {
         match &self.kept {
@@ -99,9 +104,11 @@ impl Managed {
 
     /// Whether the store said the same.
     pub(super) fn is_as(&self, before: &Self) -> bool {
-        let kept = |this: &Self| this.entries.values().map(|e| e.kept.clone()).collect::<Vec<_>>();
-        (self.may_lack, &self.problems, kept(self))
-            == (before.may_lack, &before.problems, kept(before))
+        // A deletion of unknown end is proven or refuted by what was read: it must not outlive that.
+        let entry = |e: &Entry| (e.kept.clone(), e.maybe_deleted);
+        let all = |this: &Self| this.entries.values().map(entry).collect::<Vec<_>>();
+        (self.may_lack, &self.problems, all(self))
+            == (before.may_lack, &before.problems, all(before))
     }
 
     /// All of them under another configuration, or at another time.

@@ -2,7 +2,7 @@
 
 mod managing;
 
-pub use self::managing::{ELSEWHERE, Editing, NotStored, Stored};
+pub use self::managing::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN};
 use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -38,6 +38,8 @@ struct Inner {
     /// With the subscribers of files alone.
     of_files: watch::Sender<Arc<Config>>,
     managed: watch::Sender<Arc<Managed>>,
+    /// `managed` was not taken by the fleet, so that `current` lacks it.
+    is_behind: watch::Sender<bool>,
     subscribers: watch::Sender<Subscribers>,
     shutdown_timeout: watch::Sender<Duration>,
     /// The files of the configuration in use, and of the last one that was wrong.
@@ -150,6 +152,7 @@ impl Reloader {
             current: watch::Sender::new(Arc::new(config)),
             of_files: watch::Sender::new(Arc::new(of_files)),
             managed: watch::Sender::new(Arc::new(managed)),
+            is_behind: watch::Sender::new(false),
             problem: watch::Sender::new(None),
             held: watch::Sender::new(None),
             removals,
@@ -263,6 +266,11 @@ impl Reloader {
         Ok(reloaded)
     }
 
+    /// Sets whether the set that counts is not in use; returns whether that is news.
+    fn is_behind(&self, now: bool) -> bool {
+        self.0.is_behind.send_if_modified(|is_behind| std::mem::replace(is_behind, now) != now)
+    }
+
     /// Puts the subscribers of files, and those that were made over the API, into use as one set.
     async fn put_into_use(
         &self,
@@ -295,6 +303,7 @@ impl Reloader {
         self.0.of_files.send_replace(Arc::new(files));
         self.0.managed.send_replace(Arc::new(managed));
         self.0.current.send_replace(Arc::new(new));
+        self.is_behind(false);
         Ok(Reloaded { changes, not_bound })
     }
 

@@ -23,11 +23,12 @@ use crate::{
     },
     crypto::{secret::SecretUrl, signature::new_secret},
     delivery::{Pause, PauseState, SubscriberName},
-    queue::Queue,
+    policy::retry::Backoff,
+    queue::{Queue, Sharing},
     store::{NewOperation, Store},
     supervisor::{
         managed::Entry,
-        reload::{ELSEWHERE, Editing, NotStored, Stored, Unchanged},
+        reload::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN, Unchanged},
     },
     wording::counted,
 };
@@ -55,9 +56,11 @@ const MAX_OVERLAP: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The most secrets that sign at once: each is a signature in a header.
 const MAX_SECRETS: usize = 4;
 
-/// The longest that a removal waits until its queues can be deleted, and between two tries.
+/// The longest that a removal waits until its queues can be deleted; it goes on without the client.
 const DROP_TIMEOUT: Duration = Duration::from_secs(20);
-const DROP_AGAIN: Duration = Duration::from_millis(200);
+
+/// The shortest and the longest time between two tries.
+const DROP_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
 impl<Q: Queue, S: Store> Control<Q, S> {
     /// Makes a subscriber.
@@ -244,15 +247,17 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     async fn dropped(self: &Arc<Self>, name: &SubscriberName) -> bool {
         let (this, name) = (self.clone(), name.clone());
         let dropping = tokio::spawn(async move {
+            let mut backoff = Backoff::new(DROP_AGAIN.0, DROP_AGAIN.1);
             loop {
                 {
                     // Nobody makes one of this name between the look and the deletion.
                     let editing = this.reloader.edit().await;
-                    if editing.in_use(&name).is_some() || editing.entry(&name).is_some() {
+                    if editing.of_file(&name).is_some() || editing.entry(&name).is_some() {
                         return false;
                     }
-                    // A request in flight that fails afterwards would store its batch again.
-                    if !this.has_lane(&name) {
+                    // It is in use until the fleet takes the change; and a request in flight that fails
+                    // afterwards would store its batch again.
+                    if editing.in_use(&name).is_none() && !this.has_lane(&name) {
                         match this.queue.prune(&name, true).await {
                             Ok(()) => return true,
                             Err(e) => {
@@ -261,7 +266,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                         }
                     }
                 }
-                tokio::time::sleep(DROP_AGAIN).await;
+                tokio::time::sleep(backoff.grow()).await;
             }
         });
         tokio::time::timeout(DROP_TIMEOUT, dropping).await.is_ok_and(|done| done.unwrap_or(false))
@@ -299,11 +304,13 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     pub(in crate::admin) fn may_manage(&self) -> Result<(), Refusal> {
         if self.reloader.config().admin.manage {
             // Before anything is stored: a change would wait for the fleet, and so would the rest.
-            return match (self.is_running(), self.queue.removals().is_shared()) {
-                (false, _) => Err(Refusal::unavailable(Unchanged::Stopping.to_string())),
-                (true, true) => Err(Refusal::unavailable(ELSEWHERE.to_owned())),
-                (true, false) => Ok(()),
+            let why = match (self.is_running(), self.queue.removals().sharing()) {
+                (false, _) => Unchanged::Stopping.to_string(),
+                (true, Sharing::Elsewhere) => ELSEWHERE.to_owned(),
+                (true, Sharing::Unknown) => UNKNOWN.to_owned(),
+                (true, Sharing::Alone) => return Ok(()),
             };
+            return Err(Refusal::unavailable(why));
         }
         let why = "subscribers are not managed here: set `manage = true` in [admin] of the daemon's configuration, and restart the daemon";
         Err(Refusal::of_kind(StatusCode::FORBIDDEN, ProblemKind::Management, why))

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{MutexGuard, watch};
+use tokio::{
+    sync::{MutexGuard, watch},
+    time::Instant,
+};
 
 use super::{Because, Reloader, Unchanged, log_changes, log_managed};
 use crate::{
@@ -18,14 +21,24 @@ use crate::{
     },
     crypto::secret::Secret,
     delivery::SubscriberName,
+    policy::retry::Backoff,
+    queue::Sharing,
     store::{Deleted, NewOperation, Put, Store, StoreError, StoredSubscriber},
     supervisor::managed::{Entry, Managed},
 };
 
 const BECAUSE: Because = Because::Operator("the API");
 
+/// The shortest and the longest time between two tries to put a set into use that was refused.
+const FIRST_TRY: Duration = Duration::from_millis(200);
+const LAST_TRY: Duration = Duration::from_secs(60);
+
 /// The time between two tries to read the id of the store.
 const OWNER_AGAIN: Duration = Duration::from_secs(10);
+
+/// What it means that it is not known which store has the history of the queue.
+pub const UNKNOWN: &str = "it is not known which store has the history of [queue] prefix, and whether that is this daemon's: right after a \
+     start, or while its `store.db` is away; this daemon unbinds nobody, and changes none; try again in a moment";
 
 /// What it means that another store has the history of the queue.
 pub const ELSEWHERE: &str = "another store has the history of [queue] prefix, and may have subscribers made over the API: this daemon \
@@ -96,34 +109,55 @@ impl Reloader {
         let mut is_told = false;
         loop {
             let found = owner.borrow_and_update().clone();
-            let own = match &found {
-                // Its own store may be away.
-                Some(Some(_)) => store.id().await.ok(),
-                _ => None,
+            let sharing = match &found {
+                None => Sharing::Unknown,
+                Some(None) => Sharing::Alone,
+                Some(Some(owner)) => match store.id().await {
+                    Ok(own) if own == *owner => Sharing::Alone,
+                    Ok(_) => Sharing::Elsewhere,
+                    // Its own store is away.
+                    Err(_) => Sharing::Unknown,
+                },
             };
-            let is_shared = match &found {
-                None => true,
-                Some(None) => false,
-                owner => own.as_ref() != owner.as_ref().and_then(Option::as_ref),
-            };
-            let is_elsewhere = is_shared && own.is_some();
+            let is_elsewhere = sharing == Sharing::Elsewhere;
             if is_elsewhere && !std::mem::replace(&mut is_told, is_elsewhere) {
                 tracing::warn!("{ELSEWHERE}");
             }
-            self.0.removals.share(is_shared);
+            self.0.removals.share(sharing);
+            let is_own_away = sharing == Sharing::Unknown && found.is_some();
             tokio::select! {
                 changed = owner.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(OWNER_AGAIN), if is_shared && own.is_none() && found.is_some() => {}
+                () = tokio::time::sleep(OWNER_AGAIN), if is_own_away => {}
             }
         }
     }
 
-    /// Keeps the set true: reads the store when it says so, and drops secrets that have been
-    /// replaced when their time is over.
+    /// Puts the set into use that was refused before.
+    async fn go_on_again(&self) {
+        let editing = self.edit().await;
+        if *self.0.is_behind.borrow() {
+            let managed = self.managed().checked_again(&self.of_files(), clock::now());
+            let because = Because::Files("a change over the API was refused before");
+            editing.go_on(managed, because).await.ok();
+        }
+    }
+
+    /// Keeps the set true: reads the store when it says so, drops secrets that have been replaced when
+    /// their time is over, and puts a set into use that was refused before.
     pub async fn follow_store(&self, store: &impl Store) {
         let mut to_read = store.subscribers_to_read();
-        let mut managed = self.0.managed.subscribe();
+        let (mut managed, mut behind) = (self.0.managed.subscribe(), self.0.is_behind.subscribe());
+        let mut backoff = Backoff::new(FIRST_TRY, LAST_TRY);
+        let mut again = None;
         loop {
+            again = match (*behind.borrow_and_update(), again) {
+                (false, _) => {
+                    backoff.reset();
+                    None
+                }
+                (true, None) => Some(Instant::from_std(clock::instant()) + backoff.grow()),
+                (true, again) => again,
+            };
             let next = managed.borrow_and_update().next_retirement(clock::now());
             tokio::select! {
                 Ok(()) = to_read.changed() => self.read_store(store).await,
@@ -133,10 +167,22 @@ impl Reloader {
                     let because = Because::Files("the overlap of a rotated secret is over");
                     editing.go_on(managed, because).await.ok();
                 }
-                // The sender is this reloader's.
+                () = sleep_until(again) => {
+                    again = None;
+                    self.go_on_again().await;
+                }
+                // The senders are this reloader's.
                 Ok(()) = managed.changed() => {}
+                Ok(()) = behind.changed() => {}
             }
         }
+    }
+}
+
+async fn sleep_until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -200,7 +246,9 @@ impl Editing<'_> {
         };
         let stored = match put(expected, operation.clone()).await {
             // The store has lost it; the daemon has not.
-            Err(NotStored::Differs(None)) if expected.is_some() => put(None, operation).await?,
+            Err(NotStored::Differs(None)) if expected.is_some() && !self.is_maybe_deleted(name) => {
+                put(None, operation).await?
+            }
             stored => stored?,
         };
         let files = self.reloader.of_files();
@@ -241,8 +289,12 @@ impl Editing<'_> {
         Ok(self.go_on(self.managed().without(name), BECAUSE).await.map(drop))
     }
 
+    fn is_maybe_deleted(&self, name: &SubscriberName) -> bool {
+        self.entry(name.as_str()).is_some_and(|entry| entry.is_maybe_deleted())
+    }
+
     /// Puts another set into use. It is the one that counts from now on, also if the queue refuses it:
-    /// the next change tries that again. Returns the subscribers that are not bound yet.
+    /// [`Reloader::follow_store`] tries that again. Returns the subscribers that are not bound yet.
     async fn go_on(
         &self,
         managed: Managed,
@@ -261,7 +313,15 @@ impl Editing<'_> {
             Err(Unchanged::Stopping) => {}
             Err(why) => {
                 let (because, error) = (because.text(), why.to_string());
-                tracing::error!(because, error, "a change of subscribers is not in use");
+                if self.reloader.is_behind(true) {
+                    tracing::error!(
+                        because,
+                        error,
+                        "a change of subscribers is not in use; trying again"
+                    );
+                } else {
+                    tracing::debug!(because, error, "a change of subscribers is still not in use");
+                }
             }
         }
         done.map(|reloaded| reloaded.not_bound)
@@ -270,16 +330,23 @@ impl Editing<'_> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
     use crate::{
         config::testing,
-        queue::Removals,
+        queue::{QueueError, Removals},
         store::{KeptSubscribers, fake::FakeStore},
         telemetry::{log, metrics::Metrics},
     };
 
     /// A reloader whose fleet takes every change.
     fn reloader(removals: &Removals) -> Reloader {
+        reloader_of(removals, 0)
+    }
+
+    /// A reloader whose fleet refuses so many changes first.
+    fn reloader_of(removals: &Removals, mut refusals: usize) -> Reloader {
         let (reloader, mut changes) = Reloader::new(
             testing::embedded(""),
             KeptSubscribers::default(),
@@ -289,7 +356,13 @@ mod tests {
         );
         tokio::spawn(async move {
             while let Some(change) = changes.recv().await {
-                change.done.send(Ok(BTreeSet::new())).ok();
+                let refused = refusals > 0;
+                refusals = refusals.saturating_sub(1);
+                let done = match refused {
+                    true => Err(QueueError::new("refused by the test")),
+                    false => Ok(BTreeSet::new()),
+                };
+                change.done.send(done).ok();
             }
         });
         reloader
@@ -334,29 +407,72 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_change_that_the_fleet_refuses_counts_and_is_tried_until_it_is_taken() {
+        let (removals, store) = (Removals::default(), FakeStore::default());
+        let reloader = reloader_of(&removals, 2);
+        let (following, of) = (reloader.clone(), store.clone());
+        let follow = tokio::spawn(async move { following.follow_store(&of).await });
+        let name = SubscriberName::from("siem");
+        let document = Secret::new(r#"{"url":"https://example.com/","signatures":[]}"#);
+        let editing = reloader.edit().await;
+        let stored = editing.put(&store, &name, document, None, operation("add")).await;
+        let stored = stored.expect("it is stored");
+        assert!(!stored.is_bound && stored.problem.is_some_and(|why| why.contains("by the test")));
+        assert!(!reloader.config().names().contains("siem"));
+        drop(editing);
+        let mut current = reloader.0.current.subscribe();
+        let used = current.wait_for(|config| config.names().contains("siem"));
+        timeout(Duration::from_secs(60), used).await.expect("in time").expect("open");
+        assert!(!*reloader.0.is_behind.borrow());
+        follow.abort();
+    }
+
+    #[tokio::test]
+    async fn what_was_deleted_perhaps_is_not_made_again_by_a_change() {
+        let (removals, store) = (Removals::default(), FakeStore::default());
+        let reloader = reloader(&removals);
+        let name = SubscriberName::from("siem");
+        let document = || Secret::new(r#"{"url":"https://example.com/","signatures":[]}"#);
+        let editing = reloader.edit().await;
+        let stored = editing.put(&store, &name, document(), None, operation("add")).await;
+        let version = stored.expect("it is stored").subscriber.version;
+        // It was not known whether it was deleted, and it was.
+        let managed = editing.managed().maybe_without(&name);
+        assert!(!managed.is_as(&editing.managed()));
+        reloader.0.managed.send_replace(Arc::new(managed));
+        store.memory().kept.all.clear();
+        let put = editing.put(&store, &name, document(), Some(version), operation("change")).await;
+        assert!(matches!(put, Err(NotStored::Differs(None))), "{put:?}");
+    }
+
+    #[tokio::test]
     async fn nobody_is_unbound_before_it_is_known_that_no_other_store_has_the_history() {
         let (removals, store) = (Removals::default(), FakeStore::default());
         let reloader = reloader(&removals);
         let owner = watch::Sender::new(None);
         let (following, of, receiver) = (reloader.clone(), store.clone(), owner.subscribe());
         let follow = tokio::spawn(async move { following.follow_owner(receiver, &of).await });
-        let shared = async |expected: bool| {
-            while removals.is_shared() != expected {
+        let shared = async |expected: Sharing| {
+            while removals.sharing() != expected {
                 tokio::task::yield_now().await;
             }
         };
-        shared(true).await;
-        for (of, is_shared) in [(None, false), (Some("other"), true), (Some("fake"), false)] {
+        shared(Sharing::Unknown).await;
+        for (of, sharing) in [
+            (None, Sharing::Alone),
+            (Some("other"), Sharing::Elsewhere),
+            (Some("fake"), Sharing::Alone),
+        ] {
             owner.send_replace(Some(of.map(str::to_owned)));
-            shared(is_shared).await;
+            shared(sharing).await;
         }
         // With its own store away it cannot know.
         store.memory().away = Some(StoreError::away("away"));
         owner.send_replace(Some(Some("fake".to_owned())));
-        shared(true).await;
+        shared(Sharing::Unknown).await;
         store.memory().away = None;
         owner.send_replace(Some(Some("fake".to_owned())));
-        shared(false).await;
+        shared(Sharing::Alone).await;
         drop(owner);
         follow.await.expect("ends");
     }
