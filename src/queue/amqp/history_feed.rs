@@ -275,10 +275,13 @@ impl History {
     async fn cancel(&mut self) -> Result<(), BrokerError> {
         let tag = self.consumer.tag();
         answer(self.lease.channel.basic_cancel(tag, BasicCancelOptions::default())).await?;
-        while let Some(delivery) = self.consumer.next().await {
-            self.deliver_later(delivery?);
-        }
-        Ok(())
+        answer(async {
+            while let Some(delivery) = self.consumer.next().await {
+                self.deliver_later(delivery?);
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Acks what was taken, and replaces the consumer if the sizes of the events allow a much larger
