@@ -7,6 +7,7 @@ use hooktrail::{
     queue::{MAX_GROUP, NewEvent, Queue as _},
     store::Gap,
 };
+use lapin::{options::QueueDeclareOptions, types::FieldTable};
 
 use crate::{
     oracle::Tally,
@@ -15,7 +16,7 @@ use crate::{
     soak::Sample,
     support::{
         api::Api,
-        daemon::{Setup, subscriber},
+        daemon::{Daemon, Setup, subscriber},
         eventually, peak_mib,
         queue::{Queue, on_both_queues},
         receiver::Receiver,
@@ -34,6 +35,8 @@ max_wait = \"10ms\"
 concurrency = 8
 allow_http = true
 allow_private_addresses = true
+[log]
+level = \"debug\"
 ";
 
 /// Bytes of an event of the short form: so many that a daemon that kept them all would be seen.
@@ -123,6 +126,38 @@ impl Load<'_> {
     }
 }
 
+/// What shows where events on their way into history are.
+async fn of_history(queue: &Queue, setup: &Setup, daemon: &Daemon) -> String {
+    let mut all = String::new();
+    if let Queue::Amqp(broker) = queue {
+        let (_connection, channel) = broker.channel().await;
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let name = format!("{}.history", broker.prefix);
+        // Those that it has and that are not ready are unacked.
+        let found = channel.queue_declare(name.as_str().into(), passive, FieldTable::default());
+        all += &match tokio::time::timeout(Duration::from_secs(10), found).await {
+            Ok(Ok(q)) => {
+                format!("{} messages ready, {} consumers\n", q.message_count(), q.consumer_count())
+            }
+            Ok(Err(e)) => format!("the queue of history: {e}\n"),
+            Err(_) => "the queue of history does not answer\n".to_owned(),
+        };
+    }
+    let status = setup.run(&["status", "--json"]);
+    all += &String::from_utf8_lossy(&status.stdout);
+    // A thread of the store that waits for a lock, or writes.
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid()));
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        all += &format!("thread {}: {}\n", read("comm").trim(), read("wchan").trim());
+    }
+    // At the level `debug` the log has each batch as well.
+    let about = |line: &&str| line.contains("histor") || !line.contains("DEBUG");
+    let log = daemon.log();
+    all += &log.lines().filter(about).collect::<Vec<_>>().join("\n");
+    all
+}
+
 async fn while_the_store_is_away_deliveries_go_on_memory_is_bounded_and_the_gap_is_told(
     queue: Queue,
 ) {
@@ -195,14 +230,16 @@ async fn while_the_store_is_away_deliveries_go_on_memory_is_bounded_and_the_gap_
     let (mut has, mut changed) = (0, Instant::now());
     while has < 100 + events {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        let found = reach(&data_dir, is_log).await.map_or(0, |reach| reach.events);
+        let found = reach(&data_dir, is_log).await;
+        let unread = found.as_ref().err().map(ToString::to_string);
+        let found = found.map_or(0, |reach| reach.events);
         if found > has {
             (has, changed) = (found, Instant::now());
         }
         assert!(
             changed.elapsed() < STANDS,
-            "history stands still at {has} events:\n{}",
-            daemon.log()
+            "history stands still at {has} events (it cannot be read: {unread:?}):\n{}",
+            of_history(&queue, &setup, &daemon).await
         );
     }
     println!(

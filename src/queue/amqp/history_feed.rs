@@ -62,9 +62,13 @@ pub struct History {
     connection: Quarantine,
     lease: Lease,
     consumer: Consumer,
+    /// The broker has ended the consumer: it gives nothing any more, and does not say so again.
+    is_cancelled: bool,
     queue: String,
     prefetch: u16,
-    /// Delivered to an earlier consumer.
+    /// The last tag that an earlier consumer has delivered: those do not count for the prefetch.
+    begun_after: u64,
+    /// Delivered, and to be taken before what comes next.
     before: VecDeque<Delivery>,
     /// The latest tags that were delivered, taken, and acked.
     delivered: u64,
@@ -186,12 +190,15 @@ impl History {
                 )));
             }
         };
+        tracing::debug!(queue, prefetch, ready, "history consumes its queue");
         Ok(Self {
             shared: shared.clone(),
             connection,
             lease,
             consumer,
+            is_cancelled: false,
             prefetch,
+            begun_after: 0,
             before: VecDeque::new(),
             delivered: 0,
             taken: 0,
@@ -242,26 +249,34 @@ impl History {
         if let Some(delivery) = self.before.pop_front() {
             return Poll::Ready(Ok(delivery));
         }
+        if self.is_cancelled {
+            return Poll::Ready(Err(cancelled(&self.queue)));
+        }
         Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
             Some(Ok(delivery)) => {
                 self.delivered = delivery.delivery_tag;
                 Ok(delivery)
             }
             Some(Err(e)) => Err(failed(&self.queue, &e.into())),
-            None => Err(QueueError::new(format!(
-                "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
-                self.queue
-            ))),
+            None => {
+                self.is_cancelled = true;
+                Err(cancelled(&self.queue))
+            }
         })
     }
 
     /// Waits a little until the consumer has as many messages unacked as it may. Only then may it be
     /// cancelled: a message on its way would be requeued behind later ones.
     async fn exhaust(&mut self) -> Result<bool, BrokerError> {
-        while self.delivered - self.acked < u64::from(self.prefetch) {
+        while self.delivered - self.acked.max(self.begun_after) < u64::from(self.prefetch) {
             match timeout(EXHAUSTED, self.consumer.next()).await {
                 Ok(Some(delivery)) => self.deliver_later(delivery?),
-                Ok(None) | Err(_) => return Ok(false),
+                // The next take says so: what is stored is to be acked before.
+                Ok(None) => {
+                    self.is_cancelled = true;
+                    return Ok(false);
+                }
+                Err(_) => return Ok(false),
             }
         }
         Ok(true)
@@ -288,8 +303,11 @@ impl History {
     /// or smaller prefetch.
     async fn ack(&mut self) -> Result<(), BrokerError> {
         let next = self.shared.history.sizes().allow(PREFETCH);
-        let replaces = is_other(self.prefetch, next, PREFETCH) && self.exhaust().await?;
+        let replaces =
+            !self.is_cancelled && is_other(self.prefetch, next, PREFETCH) && self.exhaust().await?;
         if replaces {
+            let (prefetch, delivered, acked) = (self.prefetch, self.delivered, self.acked);
+            tracing::debug!(prefetch, next, delivered, acked, "history replaces its consumer");
             self.cancel().await?;
         }
         let multiple = BasicAckOptions { multiple: true };
@@ -297,7 +315,8 @@ impl History {
         self.acked = self.taken;
         if replaces {
             self.consumer = begin(&self.lease, &self.queue, next).await?;
-            self.prefetch = next;
+            (self.prefetch, self.begun_after) = (next, self.delivered);
+            tracing::debug!(prefetch = next, "history has replaced its consumer");
         }
         Ok(())
     }
@@ -319,6 +338,12 @@ async fn begin(lease: &Lease, queue: &str, prefetch: u16) -> Result<Consumer, Br
         lease.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await
     })
     .await
+}
+
+fn cancelled(queue: &str) -> QueueError {
+    QueueError::new(format!(
+        "the broker cancelled the consumer of queue `{queue}`: it was deleted or moved"
+    ))
 }
 
 fn failed(queue: &str, why: &BrokerError) -> QueueError {

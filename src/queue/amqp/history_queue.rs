@@ -158,11 +158,12 @@ impl<'a> Keeper<'a> {
         }
         self.topology.ensure_history(&mut broker).await?;
         if broker.take_declared().contains(&self.topology.history()) {
+            // First: whoever takes from it waits for the next binding.
+            self.unbound();
             if self.found.is_some() || self.shared.history.last_stored().is_some() {
                 self.lack("its queue in RabbitMQ was deleted").await;
             }
             (self.found, self.is_empty) = (Some(clock::instant()), true);
-            self.unbound();
         } else {
             self.try_if_reconnected(&mut broker).await?;
         }
