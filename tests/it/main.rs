@@ -67,6 +67,7 @@ mod queues {
     /// Each of these needs a broker: see `tests_that_need`.
     mod amqp {
         mod history;
+        mod history_connection;
         mod topology;
         mod upkeep;
     }

@@ -65,6 +65,12 @@ impl Role {
         ReportedOutage::new(self.connection(), harms, troubles)
     }
 
+    /// The outage while a lane lacks one that no other lane uses.
+    pub(super) fn own_outage(self, troubles: &watch::Sender<Troubles>) -> ReportedOutage {
+        let what = format!("broker connection ({}, of a suspect queue)", self.name());
+        ReportedOutage::new(what, Harms::Lanes, troubles)
+    }
+
     /// Name of the connection in logs and among the [`Troubles`].
     pub(super) fn connection(self) -> String {
         format!("broker connection ({})", self.name())
@@ -86,11 +92,30 @@ pub(super) struct Dialer {
     url: SecretUrl,
     pub(super) metrics: Metrics,
     connects: Arc<AtomicUsize>,
+    shortage: watch::Sender<Shortage>,
+}
+
+/// The claims whose connects have failed.
+#[derive(Debug, Default)]
+struct Shortage {
+    claims: usize,
+    /// Why the last one has failed.
+    why: String,
+}
+
+impl Shortage {
+    /// Why history has no connection now.
+    fn error(&self) -> QueueError {
+        QueueError::new(format!(
+            "history has no connection while deliveries and intake lack one: {}",
+            self.why
+        ))
+    }
 }
 
 impl Dialer {
     pub(super) fn new(url: SecretUrl, metrics: Metrics) -> Self {
-        Self { url, metrics, connects: Arc::default() }
+        Self { url, metrics, connects: Arc::default(), shortage: watch::Sender::default() }
     }
 
     /// Connections made since the start. More of them than before can mean that the broker was
@@ -110,6 +135,74 @@ impl Dialer {
             self.connects.fetch_add(1, Ordering::Relaxed);
         }
         Ok((connected?, self.metrics.connection(role.name())))
+    }
+
+    /// Connects once, for history, which gives way to each [`Claim`]: the broker may limit the
+    /// number of connections.
+    pub(super) async fn connect_for_history(
+        &self,
+        role: Role,
+    ) -> Result<(Connection, OpenConnection), QueueError> {
+        let shortage = Some(self.shortage.borrow()).filter(|s| s.claims > 0).map(|s| s.error());
+        if let Some(e) = shortage {
+            return Err(e);
+        }
+        let connected = self.connect(role).await;
+        connected.map_err(|e| QueueError::new(format!("history waits for a connection: {e}")))
+    }
+
+    /// Waits until history has to give up its connection; returns why.
+    pub(super) async fn shortage(&self) -> QueueError {
+        let mut shortage = self.shortage.subscribe();
+        let short = shortage.wait_for(|shortage| shortage.claims > 0).await.map(|s| s.error());
+        match short {
+            Ok(e) => e,
+            // The sender is this dialer's own.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn claim(&self, role: Role) -> Claim {
+        Claim { dialer: self.clone(), role, is_short: false }
+    }
+}
+
+/// A task's claim to a connection that deliveries or intake need. From a connect that fails to the
+/// next one that does not, history has no connection.
+#[derive(Debug)]
+pub(super) struct Claim {
+    dialer: Dialer,
+    role: Role,
+    is_short: bool,
+}
+
+impl Claim {
+    pub(super) async fn connect(&mut self) -> Result<(Connection, OpenConnection), QueueError> {
+        let connected = self.dialer.connect(self.role).await;
+        match &connected {
+            Ok(_) => self.end(),
+            Err(e) => {
+                let begins = !std::mem::replace(&mut self.is_short, true);
+                self.dialer.shortage.send_modify(|shortage| {
+                    shortage.claims += usize::from(begins);
+                    shortage.why = e.to_string();
+                });
+            }
+        }
+        connected
+    }
+
+    /// The connection is not needed any more, or made.
+    pub(super) fn end(&mut self) {
+        if std::mem::take(&mut self.is_short) {
+            self.dialer.shortage.send_modify(|shortage| shortage.claims -= 1);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -296,6 +389,32 @@ mod tests {
                 SecretUrl::new(format!("amqps://u:p@{written}:5671/v").parse().expect("a URL"));
             assert_eq!(parsed(&url).expect("a URL").authority.host, meant);
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn history_gives_way_from_a_claims_failed_connect_until_no_claim_lacks_a_connection() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let addr = listener.local_addr().expect("an address");
+        drop(listener);
+        let url = SecretUrl::new(format!("amqp://u:p@{addr}/v").parse().expect("a URL"));
+        let dialer = Dialer::new(url, Metrics::new(crate::clock::now()));
+        let tried = async || {
+            let tried = dialer.connect_for_history(Role::Consuming).await;
+            tried.expect_err("nobody listens").to_string()
+        };
+        assert!(tried().await.starts_with("history waits for a connection: cannot connect"));
+        let (mut one, mut other) = (dialer.claim(Role::Publishing), dialer.claim(Role::Consuming));
+        assert!(timeout(Duration::ZERO, dialer.shortage()).await.is_err(), "nothing has failed");
+        one.connect().await.expect_err("nobody listens");
+        one.connect().await.expect_err("nobody listens");
+        other.connect().await.expect_err("nobody listens");
+        one.end();
+        let given_up = dialer.shortage().await.to_string();
+        assert!(given_up.contains("deliveries and intake lack one: cannot connect"), "{given_up}");
+        assert_eq!(tried().await, given_up);
+        drop(other);
+        assert!(timeout(Duration::ZERO, dialer.shortage()).await.is_err(), "no claim is left");
+        assert!(tried().await.starts_with("history waits"));
     }
 
     #[tokio::test(flavor = "multi_thread")]

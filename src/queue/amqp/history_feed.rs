@@ -58,7 +58,7 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 pub struct History {
     shared: Arc<Shared>,
     /// Its own: a consumer that is too late for the broker, or a broken queue, can end the whole
-    /// connection, and lanes would lose theirs with it.
+    /// connection, and lanes would lose theirs with it. Given up where others lack one.
     connection: Quarantine,
     lease: Lease,
     consumer: Consumer,
@@ -179,7 +179,7 @@ impl History {
         let mut broker = shared.broker();
         let ready = broker.depth(&queue).await?.map_or(0, |depth| depth.messages);
         let since = shared.history.last_stored();
-        let connection = shared.consuming.quarantine().await?;
+        let connection = shared.consuming.for_history().await?;
         let lease = connection.lease().await?;
         let prefetch = shared.history.sizes().allow(PREFETCH);
         let consumer = match timeout(CONSUMED, begin(&lease, &queue, prefetch)).await {
@@ -190,6 +190,7 @@ impl History {
                 )));
             }
         };
+        shared.history.consumes(lease.channel.status().clone());
         tracing::debug!(queue, prefetch, ready, "history consumes its queue");
         Ok(Self {
             shared: shared.clone(),
@@ -371,6 +372,10 @@ impl HistorySource for History {
         tokio::select! {
             biased;
             Ok(_) = moved => {}
+            given_up = shared.dialer.shortage() => {
+                shared.history.suspect();
+                return Err(given_up);
+            }
             taken = taking => return taken.inspect_err(|_| shared.history.suspect()),
             // To be stored at once: a process that is killed knows it no more.
             () = shared.history.gap_found.notified() => return Ok(()),

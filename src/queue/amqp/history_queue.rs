@@ -23,7 +23,7 @@ use super::{
     shared::Shared,
     state_stream,
     topology::Topology,
-    unusable::{Unusable, try_once},
+    unusable::{Unusable, try_on, try_once},
 };
 use crate::{
     clock,
@@ -227,12 +227,20 @@ impl<'a> Keeper<'a> {
 
     async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let queue = self.topology.history();
-        let why = match timeout(TRIAL, try_once(self.shared, &queue)).await {
+        let connection = match self.shared.consuming.for_history().await {
+            Ok(connection) => connection,
+            // What takes from it has the only connection that history may have.
+            Err(_) if self.shared.history.is_consumed() => return Ok(()),
+            // The broker cannot be reached, which says nothing of the queue.
+            Err(e) => return Err(e),
+        };
+        let why = match timeout(TRIAL, try_on(&connection, &queue)).await {
             Ok(Ok(Ok(()))) => {
                 self.broken = None;
+                // It may be the only one for which there is room.
+                connection.close().await;
                 return Ok(());
             }
-            // The broker cannot be reached, which says nothing of the queue.
             Ok(Err(e)) => return Err(e),
             Ok(Ok(Err(unusable))) => unusable_because(&unusable),
             Err(_) => format!("the broker does not answer within {} s", TRIAL.as_secs()),
@@ -266,7 +274,8 @@ impl<'a> Keeper<'a> {
     /// come back.
     async fn others_work(&self) -> bool {
         let other = self.topology.orphans();
-        matches!(timeout(TRIAL, try_once(self.shared, &other)).await, Ok(Ok(Ok(()))))
+        let Ok(connection) = self.shared.consuming.for_history().await else { return false };
+        matches!(timeout(TRIAL, try_once(connection, &other)).await, Ok(Ok(Ok(()))))
     }
 
     fn bound(&mut self) {

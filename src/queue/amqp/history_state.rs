@@ -5,6 +5,7 @@ use std::{
     time::SystemTime,
 };
 
+use lapin::ChannelStatus;
 use tokio::sync::{Notify, watch};
 
 use super::{prefetch::Sizes, record::Lack};
@@ -36,6 +37,8 @@ pub(super) struct HistoryState {
     /// Notified when something shows that the queue may be unusable: a publish was refused, or it
     /// cannot be consumed.
     pub(super) suspected: Notify,
+    /// The channel on which this process has last begun to take from the queue.
+    consumer: Mutex<Option<ChannelStatus>>,
     lost: Mutex<Lost>,
     sizes: Mutex<Sizes>,
 }
@@ -57,6 +60,17 @@ const MAX_GAPS: usize = 16;
 impl HistoryState {
     pub(super) fn is_bound(&self) -> bool {
         *self.queue.borrow() == QueueState::Bound
+    }
+
+    /// This process takes from the queue, until the channel ends.
+    pub(super) fn consumes(&self, on: ChannelStatus) {
+        *self.consumer.lock().unwrap_or_else(PoisonError::into_inner) = Some(on);
+    }
+
+    /// Whether this process takes from the queue, on a channel that the broker has not ended.
+    pub(super) fn is_consumed(&self) -> bool {
+        let consumer = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
+        consumer.as_ref().is_some_and(ChannelStatus::connected)
     }
 
     /// The record says that history lacks events, or does not any more.

@@ -7,11 +7,11 @@ use std::sync::{
 
 use futures_util::future::join_all;
 use lapin::{Channel, Connection};
-use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::sync::{Mutex, watch};
 
 use super::{
     broker_error::answer,
-    connection::{Dialer, Role, close},
+    connection::{Claim, Dialer, Role, close},
 };
 use crate::{
     queue::QueueError,
@@ -93,6 +93,8 @@ pub(super) struct Pool {
     dialer: Dialer,
     role: Role,
     state: Mutex<PoolState>,
+    /// For those that are not shared. No channel on a shared one waits for them.
+    own: Mutex<Connecting>,
 }
 
 #[derive(Debug)]
@@ -100,26 +102,52 @@ struct PoolState {
     slots: Vec<Weak<Slot>>,
     /// Stays open without a channel: the next one is needed soon.
     newest: Option<Arc<Slot>>,
-    connecting: ReportedOutage,
+    connecting: Connecting,
 }
 
-/// A task waits for a connection. When none waits any more, a missing connection is no outage.
-struct Trying<'p>(MutexGuard<'p, PoolState>);
+/// Makes connections that lanes need.
+#[derive(Debug)]
+struct Connecting {
+    outage: ReportedOutage,
+    claim: Claim,
+}
+
+impl Connecting {
+    /// Waits for the broker indefinitely.
+    async fn connected(&mut self) -> (Quarantine, Seat) {
+        let trying = Trying(self);
+        let Connecting { outage, claim } = &mut *trying.0;
+        loop {
+            let connected = claim.connect().await.map(|c| Quarantine(Slot::new(c)));
+            match connected.and_then(|q| q.seat().map(|seat| (q, seat))) {
+                Ok(connected) => {
+                    outage.recovered();
+                    return connected;
+                }
+                Err(e) => outage.failed(&e).await,
+            }
+        }
+    }
+}
+
+/// A task waits for a connection. When none waits any more, a missing connection is no outage, and
+/// history need not go without.
+struct Trying<'c>(&'c mut Connecting);
 
 impl Drop for Trying<'_> {
     fn drop(&mut self) {
-        self.0.connecting.end();
+        self.0.outage.end();
+        self.0.claim.end();
     }
 }
 
 impl Pool {
     pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
-        let connecting = role.outage(troubles);
-        Self {
-            dialer,
-            role,
-            state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }),
-        }
+        let connecting = |outage| Connecting { outage, claim: dialer.claim(role) };
+        let shared = connecting(role.outage(troubles));
+        let own = connecting(role.own_outage(troubles));
+        let state = PoolState { slots: Vec::new(), newest: None, connecting: shared };
+        Self { state: Mutex::new(state), own: Mutex::new(own), dialer, role }
     }
 
     /// Leases a channel on a shared connection. Waits for the broker indefinitely.
@@ -130,30 +158,32 @@ impl Pool {
     async fn seat(&self) -> Seat {
         // The lock is held while connecting: a task that arrives meanwhile needs that connection
         // too.
-        let mut trying = Trying(self.state.lock().await);
-        let state = &mut *trying.0;
+        let mut state = self.state.lock().await;
         state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
         let free = state.slots.iter().filter_map(Weak::upgrade).find_map(|s| s.seat());
         if let Some(seat) = free {
             return seat;
         }
-        loop {
-            let connected = self.quarantine().await.and_then(|q| q.seat().map(|seat| (q, seat)));
-            match connected {
-                Ok((Quarantine(slot), seat)) => {
-                    state.connecting.recovered();
-                    state.slots.push(Arc::downgrade(&slot));
-                    state.newest = Some(slot);
-                    return seat;
-                }
-                Err(e) => state.connecting.failed(&e).await,
-            }
-        }
+        let (Quarantine(slot), seat) = state.connecting.connected().await;
+        state.slots.push(Arc::downgrade(&slot));
+        state.newest = Some(slot);
+        seat
+    }
+
+    /// Opens a connection that is not shared, for a lane whose queue may end it. Waits for the broker
+    /// indefinitely.
+    pub(super) async fn own(&self) -> Quarantine {
+        self.own.lock().await.connected().await.0
     }
 
     /// Opens a connection that is not shared, for a queue that may end it.
     pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
         Ok(Quarantine(Slot::new(self.dialer.connect(self.role).await?)))
+    }
+
+    /// Opens a connection that is not shared, for history, which gives way to all others.
+    pub(super) async fn for_history(&self) -> Result<Quarantine, QueueError> {
+        Ok(Quarantine(Slot::new(self.dialer.connect_for_history(self.role).await?)))
     }
 
     /// Closes the connections that are still in use.

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     broker_error::{BrokerError, answer},
-    connection::{Dialer, Role, close},
+    connection::{Claim, Dialer, Role, close},
     declarations::log_redeclared,
     message::Message,
     pool::Pool,
@@ -123,7 +123,7 @@ impl Publisher {
         let task = tokio::spawn(
             Task {
                 topology,
-                dialer,
+                claim: dialer.claim(role),
                 declaring,
                 role,
                 inbox,
@@ -218,7 +218,7 @@ impl Publisher {
 
 struct Task {
     topology: Topology,
-    dialer: Dialer,
+    claim: Claim,
     declaring: Arc<Pool>,
     role: Role,
     inbox: mpsc::Receiver<Group>,
@@ -249,7 +249,7 @@ impl Task {
 
     /// Serves one connection until its end, which is an error unless it was closed.
     async fn generation(&mut self, publishing: &mut ReportedOutage) -> Result<(), QueueError> {
-        let (connection, _open) = self.dialer.connect(self.role).await?;
+        let (connection, _open) = self.claim.connect().await?;
         let ended = async {
             // Not the producers' exchange: a producer that deletes it to redeclare it must find
             // none of ours in its place.

@@ -241,7 +241,7 @@ impl Shared {
     /// Leases two channels for a subscriber's two queues.
     pub(super) async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
         if suspect {
-            let own = self.consuming.quarantine().await?;
+            let own = self.consuming.own().await;
             return Ok([own.lease().await?, own.lease().await?]);
         }
         Ok([self.consuming.lease().await?, self.consuming.lease().await?])

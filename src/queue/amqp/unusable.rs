@@ -9,7 +9,7 @@ use lapin::{
 
 use super::{
     broker_error::{BrokerError, INTERNAL_ERROR, answer},
-    pool::Lease,
+    pool::{Lease, Quarantine},
     shared::Shared,
 };
 use crate::{policy::retry::Backoff, queue::QueueError};
@@ -70,17 +70,31 @@ pub(super) async fn usable(
     let mut tries = 2;
     loop {
         tries -= 1;
-        match try_once(shared, queue).await? {
+        match try_once(shared.consuming.quarantine().await?, queue).await? {
             Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(waits.grow()).await,
             tried => return Ok(tried),
         }
     }
 }
 
-pub(super) async fn try_once(
-    shared: &Shared,
+/// Tries once whether a queue can be consumed.
+pub(super) async fn try_on(
+    connection: &Quarantine,
     queue: &str,
 ) -> Result<Result<(), Unusable>, QueueError> {
-    let lease = shared.consuming.quarantine().await?.lease().await?;
+    let lease = connection.lease().await?;
     Ok(try_consume(&lease, queue).await)
+}
+
+/// The same, and closes the connection.
+pub(super) async fn try_once(
+    connection: Quarantine,
+    queue: &str,
+) -> Result<Result<(), Unusable>, QueueError> {
+    let tried = try_on(&connection, queue).await?;
+    // A broken queue has ended it, or holds up its end.
+    if tried.is_ok() {
+        connection.close().await;
+    }
+    Ok(tried)
 }

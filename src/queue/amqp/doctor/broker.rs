@@ -222,7 +222,10 @@ impl Inspection<'_> {
         let names = std::mem::take(&mut self.idle);
         let in_all = names.len();
         let attempt = |name: String| async move {
-            let outcome = try_once(shared, &name).await;
+            let outcome = match shared.consuming.quarantine().await {
+                Ok(connection) => try_once(connection, &name).await,
+                Err(e) => Err(e),
+            };
             (name, outcome)
         };
         let mut tries = stream::iter(names).map(attempt).buffer_unordered(AT_ONCE);

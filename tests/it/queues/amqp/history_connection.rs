@@ -1,0 +1,121 @@
+//! History's connection under a limit of connections: it gives way to deliveries and intake.
+
+use lapin::options::BasicPublishOptions;
+use serde_json::Value;
+
+use crate::support::{
+    api::Api,
+    broker::Broker,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    receiver::{Receiver, event, status},
+    run,
+};
+
+fn ctl(broker: &Broker, arguments: &[&str]) -> String {
+    tokio::task::block_in_place(|| broker.node().ctl(arguments))
+}
+
+/// The processes of the daemon's connections with this role.
+fn connections(broker: &Broker, role: &str) -> Vec<String> {
+    let arguments =
+        ["list_connections", "--quiet", "--no-table-headers", "pid", "client_properties"];
+    let (all, name) = (ctl(broker, &arguments), format!(" {role}\""));
+    let all = all.lines().filter_map(|line| line.split_once('\t'));
+    all.filter(|(_, about)| about.contains(&name)).map(|(pid, _)| pid.to_owned()).collect()
+}
+
+fn allow(broker: &Broker, connections: usize) {
+    let limits = format!(r#"{{"max-connections":{connections}}}"#);
+    ctl(broker, &["set_vhost_limits", &limits]);
+}
+
+const TOKEN: &str = "the-token-of-the-tests";
+
+async fn health(api: &Api) -> Value {
+    let token = format!("Bearer {TOKEN}");
+    let headers = [("authorization", token.as_str())];
+    api.send("GET", "/api/v1/subscribers", &headers, "").await.json()["history"].clone()
+}
+
+/// Waits until history takes events.
+async fn wait_taking(broker: &Broker, api: &Api) {
+    let queue = format!("{}.history", broker.prefix);
+    let arguments = ["list_consumers", "--quiet", "--no-table-headers", "queue_name"];
+    eventually("history takes events", async || {
+        ctl(broker, &arguments).lines().any(|name| name == queue)
+    })
+    .await;
+    eventually("history is kept", async || health(api).await["state"] == "kept").await;
+}
+
+/// Waits until the status says that history has no connection, and what to do.
+async fn wait_waiting(api: &Api) {
+    eventually("history waits for a connection", async || {
+        let health = health(api).await;
+        let why = health["why"].as_str().unwrap_or_default();
+        health["state"] == "incomplete"
+            && why.contains("history waits for a connection: ")
+            && why.contains("connection limit (4) is reached")
+            && why.contains("rabbitmqctl list_vhost_limits")
+    })
+    .await;
+}
+
+#[test]
+fn under_a_limit_of_connections_history_gives_its_own_to_deliveries_and_waits_for_another() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::accepting().await;
+        // Each event needs a retry, and so a connection to publish it.
+        receiver.now(|request, _| status(if request.attempt() == 1 { 503 } else { 200 }));
+        let api = Api::new();
+        let setup = Setup::new(
+            &broker,
+            &format!(
+                "{QUICK}{}token = \"{TOKEN}\"\n{}",
+                api.section(),
+                subscriber("a", &receiver.url, "")
+            ),
+        );
+        // The daemon's to publish, to declare and to consume, and the producer's.
+        let needed = 4;
+        let (_producer, channel) = broker.channel().await;
+        allow(&broker, needed + 1);
+        let daemon = setup.start().await;
+        for (n, role) in (0..).zip(["publishing", "consuming"]) {
+            allow(&broker, needed + 1);
+            wait_taking(&broker, &api).await;
+            allow(&broker, needed);
+            let closed = connections(&broker, role);
+            assert!(!closed.is_empty(), "{role}");
+            for pid in closed {
+                ctl(&broker, &["close_connection", &pid, "a test"]);
+            }
+            let options = BasicPublishOptions::default();
+            let (exchange, body) = (broker.exchange.as_str().into(), event(n));
+            let published = channel.basic_publish(
+                exchange,
+                "a.b".into(),
+                options,
+                body.as_bytes(),
+                Default::default(),
+            );
+            published.await.expect("publishes");
+            receiver.wait_all(n + 1).await;
+            wait_waiting(&api).await;
+        }
+        assert!(daemon.log().contains("history waits for a connection"), "{}", daemon.log());
+        let shown = setup.run(&["status"]);
+        let shown = String::from_utf8_lossy(&shown.stdout);
+        assert!(shown.contains("history waits for a connection"), "{shown}");
+        allow(&broker, needed + 1);
+        wait_taking(&broker, &api).await;
+        eventually("history has what came meanwhile", async || {
+            let shown = setup.run(&["history", "--json"]);
+            let shown: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
+            shown["events"].as_array().is_some_and(|events| events.len() == 2)
+        })
+        .await;
+    });
+}
