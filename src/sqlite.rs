@@ -71,6 +71,8 @@ pub struct Options {
     pub busy: Duration,
     /// Move the write-ahead log into the file when it is closed.
     pub empties_log: bool,
+    /// Overwrite what is deleted with zeros.
+    pub overwrites: bool,
     /// Copy the file to `NAME.before-N` before its schema N is migrated.
     pub backs_up: bool,
     /// The beginning of the threads' names, at most 8 bytes: Linux cuts names after 15.
@@ -96,6 +98,7 @@ impl Options {
             opens_within: Duration::from_secs(20),
             busy: Duration::from_secs(10),
             empties_log: false,
+            overwrites: false,
             backs_up: false,
             threads,
             nice: 0,
@@ -443,6 +446,7 @@ fn connect(path: &Path, options: &Options) -> rusqlite::Result<Connection> {
     };
     db.pragma_update(None, "synchronous", synchronous)?;
     db.pragma_update(None, "journal_size_limit", MAX_LOG)?;
+    db.pragma_update(None, "secure_delete", options.overwrites)?;
     set_cache(&db, options)?;
     Ok(db)
 }

@@ -8,13 +8,21 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{complete, failed::Failed, open::find, text::visible};
+use super::{
+    complete,
+    failed::Failed,
+    open::{find, store_of},
+    text::visible,
+};
 use crate::{
     clock,
-    config::{self, Backend, Config, ConfigError, Subscriber, Token},
+    config::{self, Backend, Config, ConfigError, StoreConfig, Subscriber, Token},
     endpoint::inspect,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    store::sqlite::recorded_id,
+    store::{
+        Store as _,
+        sqlite::{SqliteStore, recorded_id},
+    },
     telemetry::{
         finding::{Finding, Severity, summarized},
         metrics::Metrics,
@@ -62,6 +70,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     let chosen = chosen(&config, &args.subscribers)?;
     let mut findings = if args.connect { inspected(&config, &chosen).await } else { Vec::new() };
     findings.splice(0..0, yet_to_come(&chosen, clock::now()));
+    findings.extend(left(&config).await);
     findings.splice(0..0, short_tokens(&config));
     let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
     // The worst first: a long text is printed below.
@@ -145,6 +154,16 @@ fn short_tokens(config: &Config) -> Vec<Finding> {
         })
     };
     config.admin.all_tokens().into_iter().filter_map(of).collect()
+}
+
+/// Subscribers made over the API that nobody serves: the store that has them is off.
+async fn left(config: &Config) -> Vec<Finding> {
+    if config.store != StoreConfig::None {
+        return Vec::new();
+    }
+    let store = SqliteStore::off(store_of(config), "[store] url is \"none\"");
+    let problems = store.subscribers().await.problems;
+    problems.into_iter().map(|problem| Finding::harmful("store", problem)).collect()
 }
 
 /// Removes findings about other subscribers only, unless they harm all.

@@ -39,7 +39,7 @@ use self::{
     chunk::{Limits, MAX_EVENTS},
     fault::{Fault, millis, span},
     open::{By, Open, lock},
-    schema::{COPY_FILE, HISTORY_FILE, KEY_FILE, LOCK, STORE_FILE},
+    schema::{ASIDE, COPY_FILE, HISTORY_FILE, KEY_FILE, LOCK, PART, STORE_FILE},
     search::Search,
     source::Source,
     upkeep::{Disk, Shared, free_and_all},
@@ -182,7 +182,10 @@ impl SqliteStore {
         &self,
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.0.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
+        self.0.precious()?.write(part).await.map_err(|e| match e.is_unknown() {
+            true => StoreError::unknown(e.to_string()),
+            false => StoreError::new(e.to_string()),
+        })
     }
 }
 
@@ -224,10 +227,13 @@ pub fn delete_store(data_dir: &Path) -> std::io::Result<()> {
         let name = entry.file_name();
         let is_ours = |name: &str| {
             let of = |file: &str| name == file || name.starts_with(&format!("{file}-"));
+            let aside = |file: &str| name.starts_with(&format!("{file}{ASIDE}"));
             of(HISTORY_FILE)
                 || of(STORE_FILE)
-                || [LOCK, "history.opening", "store.opening", COPY_FILE, KEY_FILE].contains(&name)
-                || name.starts_with(&format!("{HISTORY_FILE}.damaged-"))
+                || [LOCK, "history.opening", "store.opening", COPY_FILE, KEY_FILE]
+                    .contains(&name.trim_end_matches(PART))
+                || aside(HISTORY_FILE)
+                || aside(COPY_FILE)
                 || name.starts_with(&format!("{STORE_FILE}.before-"))
         };
         if name.to_str().is_some_and(is_ours) {

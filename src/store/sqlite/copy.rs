@@ -17,10 +17,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     fault::{millis, time},
-    schema::COPY_FILE,
+    schema::{ASIDE, COPY_FILE, PART},
     sealed::{Rows, SealedRow},
 };
-use crate::{crypto::seal::Sealed, sqlite::with_suffix, store::Stamp};
+use crate::{clock, crypto::seal::Sealed, sqlite::with_suffix, store::Stamp};
 
 /// The first line.
 const HEADER: &str = "hooktrail subscribers 1";
@@ -85,6 +85,9 @@ pub(super) struct Contents {
     pub(super) lines: usize,
     /// Lines that cannot be read.
     pub(super) damaged: usize,
+    /// Its last line is not whole: the process was ended while it was written. The store had it
+    /// before.
+    pub(super) is_torn: bool,
 }
 
 /// The file.
@@ -97,7 +100,11 @@ pub(super) struct Copy {
 
 impl Copy {
     pub(super) fn new(data_dir: &Path) -> Self {
-        Self { path: data_dir.join(COPY_FILE), whole: None }
+        Self::at(data_dir.join(COPY_FILE))
+    }
+
+    pub(super) fn at(path: PathBuf) -> Self {
+        Self { path, whole: None }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -120,10 +127,15 @@ impl Copy {
         if lines.next() != Some(HEADER.as_bytes()) {
             contents.damaged += 1;
         }
-        for line in lines {
+        let mut lines = lines.peekable();
+        while let Some(line) = lines.next() {
             contents.lines += 1;
             let Some(row) = read_line(line) else {
-                contents.damaged += 1;
+                if lines.peek().is_none() && text.last() != Some(&b'\n') {
+                    contents.is_torn = true;
+                } else {
+                    contents.damaged += 1;
+                }
                 continue;
             };
             let known = contents.rows.get(&row.name);
@@ -132,16 +144,48 @@ impl Copy {
                 contents.rows.insert(row.name.clone(), row);
             }
         }
-        self.whole = (contents.damaged == 0).then_some(text.len() as u64);
+        let is_whole = contents.damaged == 0 && !contents.is_torn;
+        self.whole = is_whole.then_some(text.len() as u64);
         Ok(contents)
+    }
+
+    /// Moves a damaged file away: it may have what nothing else has.
+    ///
+    /// # Errors
+    /// It is where it was.
+    pub(super) fn set_aside(&mut self) -> std::io::Result<PathBuf> {
+        self.whole = None;
+        let now = clock::rfc3339_seconds(clock::now());
+        let stamp: String = now.chars().filter(char::is_ascii_alphanumeric).collect();
+        let aside = with_suffix(&self.path, &format!("{ASIDE}{stamp}"));
+        std::fs::rename(&self.path, &aside)?;
+        Ok(aside)
+    }
+
+    /// The damaged files that were moved away and that nobody has removed.
+    pub(super) fn aside(&self) -> Vec<PathBuf> {
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        let prefix = format!("{COPY_FILE}{ASIDE}");
+        let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let is_aside = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(&prefix);
+        let mut aside: Vec<PathBuf> =
+            names.filter(|entry| is_aside(&entry.file_name())).map(|entry| entry.path()).collect();
+        aside.sort_unstable();
+        aside
+    }
+
+    /// Removes what an interrupted write has left. No other process may write the file.
+    pub(super) fn clean(&self) {
+        remove_part(&self.path);
     }
 
     /// Adds a row, durably; false, and it is not added, if the file has to be written whole.
     ///
     /// # Errors
     /// It is not certain whether it is there.
-    pub(super) fn append(&self, row: &SealedRow) -> std::io::Result<bool> {
-        let Some(whole) = self.whole else { return Ok(false) };
+    pub(super) fn append(&mut self, row: &SealedRow) -> std::io::Result<bool> {
+        // Until it is done: a line may be torn.
+        let Some(whole) = self.whole.take() else { return Ok(false) };
         let mut file = match File::options().read(true).append(true).open(&self.path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
             opened => opened?,
@@ -156,7 +200,9 @@ impl Copy {
         // Behind a torn line.
         let begin = if last == [b'\n'] { "" } else { "\n" };
         file.write_all(format!("{begin}{}\n", line(row)?).as_bytes())?;
-        file.sync_data().map(|()| true)
+        file.sync_data()?;
+        self.whole = Some(whole);
+        Ok(true)
     }
 
     /// Writes the file anew with these rows, durably.
@@ -168,7 +214,7 @@ impl Copy {
         rows: impl IntoIterator<Item = &'r SealedRow>,
     ) -> std::io::Result<()> {
         self.whole = None;
-        let part = with_suffix(&self.path, ".part");
+        let part = with_suffix(&self.path, PART);
         match std::fs::remove_file(&part) {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -185,6 +231,16 @@ impl Copy {
         File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
         self.whole = Some(text.len() as u64);
         Ok(())
+    }
+}
+
+/// Removes the half-written file next to a path, if there is one.
+pub(super) fn remove_part(path: &Path) {
+    match std::fs::remove_file(with_suffix(path, PART)) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            tracing::debug!(file = %path.display(), error = %e, "a half-written file stays next to it");
+        }
+        _ => {}
     }
 }
 

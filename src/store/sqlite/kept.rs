@@ -2,9 +2,11 @@
 //! both. Only a deletion removes one.
 
 use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -12,14 +14,15 @@ use std::{
 use rusqlite::Connection;
 use tokio::{
     sync::{Mutex, OwnedMutexGuard, watch},
-    time::timeout,
+    task::JoinHandle,
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
     copy::{Contents, Copy},
     keyring::Keyring,
     open::{self, Precious, SqliteConfig},
-    schema::STORE_FILE,
+    schema::{self, COPY_FILE, STORE_FILE},
     sealed::{self, Change, Rows, SealedRow},
 };
 use crate::{
@@ -34,11 +37,8 @@ use crate::{
     wording,
 };
 
-/// The longest time of a change, before its fate is unknown, and of a read.
+/// The longest time of a change, before its fate is unknown, and of a read of all files together.
 const TIMEOUT: Duration = Duration::from_secs(15);
-
-/// Lines of the copy beside two for each row, before it is rewritten.
-const SPARE_LINES: usize = 1000;
 
 /// Names that a message lists.
 const NAMES: usize = 10;
@@ -49,10 +49,48 @@ pub(super) struct Kept {
     keyring: Keyring,
     /// Held during each change, so that the copy follows in the same order.
     copy: Arc<Mutex<Copy>>,
-    /// The copy may lack changes.
-    is_behind: AtomicBool,
+    copy_path: PathBuf,
+    lag: Arc<Lag>,
     /// Counts how often they have to be read again.
     pub(super) to_read: watch::Sender<u64>,
+    problems: std::sync::Mutex<Problems>,
+    pub(super) timeout: Duration,
+}
+
+/// Whether the copy lacks changes of the store, or has what was replaced or deleted. Numbers, since a
+/// read that brings the copy up to date may be given up at any moment.
+#[derive(Debug, Default)]
+struct Lag {
+    marks: AtomicU64,
+    /// The marks that the copy has caught up with.
+    done: AtomicU64,
+}
+
+impl Lag {
+    fn mark(&self) {
+        self.marks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn marks(&self) -> u64 {
+        self.marks.load(Ordering::Relaxed)
+    }
+
+    fn caught_up(&self, marks: u64) {
+        self.done.fetch_max(marks, Ordering::Relaxed);
+    }
+
+    fn is_behind(&self) -> bool {
+        self.done.load(Ordering::Relaxed) < self.marks()
+    }
+}
+
+/// What is wrong with the subscribers.
+#[derive(Debug, Default)]
+struct Problems {
+    /// All that were reported last, or wait for the next reader.
+    known: Vec<String>,
+    /// Those that the background task has found since, for the next reader.
+    unread: Vec<String>,
 }
 
 impl Kept {
@@ -61,8 +99,11 @@ impl Kept {
         Self {
             keyring: Keyring::new(keys, data_dir),
             copy: Arc::new(Mutex::new(Copy::new(data_dir))),
-            is_behind: AtomicBool::new(false),
+            copy_path: data_dir.join(COPY_FILE),
+            lag: Arc::default(),
             to_read: watch::Sender::default(),
+            problems: std::sync::Mutex::default(),
+            timeout: TIMEOUT,
         }
     }
 
@@ -77,11 +118,16 @@ impl Kept {
         change: Change,
         document: Secret,
     ) -> Result<Put, StoreError> {
-        let copy = self.copy.clone().lock_owned().await;
-        let (keys, copy) = self.keys_to_seal(db, copy).await?;
+        let replaces = change.expected.is_some();
+        let prepared = async {
+            let copy = self.copy.clone().lock_owned().await;
+            self.keys_to_seal(db, copy).await
+        };
+        let (keys, copy) =
+            timeout(self.timeout, prepared).await.map_err(|_| self.unchanged())??;
         let nonce = clock::secret_bytes();
         let put = move |db: &Connection| sealed::put(db, &change, document, &keys, nonce);
-        self.change(db, copy, put).await
+        self.change(db, copy, replaces, put).await
     }
 
     pub(super) async fn delete(
@@ -89,8 +135,18 @@ impl Kept {
         db: &Database,
         change: Change,
     ) -> Result<Deleted, StoreError> {
-        let copy = self.copy.clone().lock_owned().await;
-        self.change(db, copy, move |db| sealed::delete(db, &change)).await
+        let copy = timeout(self.timeout, self.copy.clone().lock_owned()).await;
+        let copy = copy.map_err(|_| self.unchanged())?;
+        self.change(db, copy, true, move |db| sealed::delete(db, &change)).await
+    }
+
+    /// The error of a change that was not begun.
+    fn unchanged(&self) -> StoreError {
+        StoreError::new(format!(
+            "an earlier change, or a read of `{}` or of the key, has not ended for {} s: nothing has changed; check the disk",
+            self.copy_path.display(),
+            self.timeout.as_secs()
+        ))
     }
 
     /// The keys, the first made now if there is none yet, and nothing is sealed with a lost one.
@@ -120,104 +176,220 @@ impl Kept {
         Ok((blocking(move || keyring.make()).await?, copy))
     }
 
-    /// Makes a change, and then the same in the copy.
+    /// Makes a change, and then the same in the copy. `replaces`: what was there before may be no
+    /// longer in it.
     async fn change<T: Send + 'static>(
         &self,
         db: &Database,
         copy: OwnedMutexGuard<Copy>,
+        replaces: bool,
         change: impl FnOnce(&Connection) -> rusqlite::Result<(T, Option<SealedRow>)> + Send + 'static,
     ) -> Result<T, StoreError> {
         let unknown = |why: String| {
-            self.is_behind.store(true, Ordering::Relaxed);
+            self.lag.mark();
             self.read_again();
             StoreError::unknown(why)
         };
-        let (done, row) = match timeout(TIMEOUT, db.write(change)).await {
-            Ok(Ok(changed)) => changed,
-            Ok(Err(e)) if e.is_unknown() => return Err(unknown(e.to_string())),
-            Ok(Err(e)) => return Err(StoreError::new(e.to_string())),
+        let with = db.clone();
+        let mut writing = tokio::spawn(async move { with.write(change).await });
+        let (done, row) = match timeout(self.timeout, &mut writing).await {
+            Ok(Ok(Ok(changed))) => changed,
+            Ok(Ok(Err(e))) if e.is_unknown() => return Err(unknown(e.to_string())),
+            Ok(Ok(Err(e))) => return Err(StoreError::new(e.to_string())),
+            Ok(Err(e)) => return Err(unknown(e.to_string())),
             Err(_) => {
+                self.read_again_after(writing);
                 let why = format!(
                     "`{}` has not answered for {} s: it is unknown whether the change is stored",
                     db.path().display(),
-                    TIMEOUT.as_secs()
+                    self.timeout.as_secs()
                 );
                 return Err(unknown(why));
             }
         };
+        if replaces {
+            self.lag.mark();
+        }
         if let Some(row) = row {
             self.follow(db, copy, row).await;
         }
         Ok(done)
     }
 
+    /// A change goes on whose caller had its answer: the subscribers are read again when it has
+    /// ended, and the copy follows.
+    fn read_again_after<T: Send + 'static>(&self, writing: JoinHandle<T>) {
+        let (lag, to_read) = (self.lag.clone(), self.to_read.clone());
+        tokio::spawn(async move {
+            drop(writing.await);
+            lag.mark();
+            to_read.send_modify(|n| *n += 1);
+        });
+    }
+
     /// Brings a row into the copy. A failure does not undo the change, which is stored.
-    async fn follow(&self, db: &Database, copy: OwnedMutexGuard<Copy>, row: SealedRow) {
-        let (appended, mut copy) = blocking(move || (copy.append(&row), copy)).await;
-        let followed = match appended {
-            Ok(true) => Ok(()),
-            Ok(false) => match db.read(sealed::all).await {
-                Ok(rows) => blocking(move || copy.rewrite(rows.values())).await,
-                Err(e) => Err(std::io::Error::other(e)),
-            },
-            Err(e) => Err(e),
+    async fn follow(&self, db: &Database, mut copy: OwnedMutexGuard<Copy>, row: SealedRow) {
+        let until = self.until();
+        let appending = blocking(move || (copy.append(&row), copy));
+        let failed = match timeout_at(until, appending).await {
+            Ok((Ok(true), _)) => return,
+            // What it has is not known: that is not overwritten unread.
+            Ok((Ok(false), copy)) => {
+                let (kept, _) = self.read_files(Ok(db.clone()), copy, until).await;
+                self.hand_over(kept.problems);
+                return;
+            }
+            Ok((Err(e), _)) => e,
+            Err(e) => e.into(),
         };
-        if let Err(e) = followed {
-            self.is_behind.store(true, Ordering::Relaxed);
-            tracing::error!(
-                error = %e,
-                "the change of a subscriber is stored, and its copy could not be written; it is tried again"
-            );
+        self.lag.mark();
+        tracing::error!(
+            error = %failed,
+            "the change of a subscriber is stored, and its copy could not be written; it is tried again"
+        );
+    }
+
+    fn until(&self) -> Instant {
+        Instant::from_std(clock::instant()) + self.timeout
+    }
+
+    /// Keeps new problems for the next reader, which logs them, and has the subscribers read again.
+    fn hand_over(&self, problems: Vec<String>) {
+        let mut of = open::lock(&self.problems);
+        let new: Vec<String> = problems.iter().filter(|p| !of.known.contains(p)).cloned().collect();
+        let is_new = !new.is_empty();
+        of.unread.extend(new);
+        of.known = problems;
+        drop(of);
+        if is_new {
+            self.read_again();
         }
     }
 
+    /// Brings the copy up to date, in the background.
+    pub(super) async fn catch_up(&self, db: Database) {
+        let (kept, _) = self.read_until(Ok(db), self.until()).await;
+        self.hand_over(kept.problems);
+    }
+
     /// The subscribers to go on with, from the precious file and its copy; what one of them lacks is
-    /// put back.
+    /// put back. Answers in time, whichever file hangs.
     pub(super) async fn read(&self, db: Result<Database, StoreError>) -> KeptSubscribers {
-        let mut copy = self.copy.clone().lock_owned().await;
-        let keyring = self.keyring.clone();
-        let (keys, read, copy) = blocking(move || (keyring.read(), copy.read(), copy)).await;
+        let (mut kept, _) = self.read_until(db, self.until()).await;
+        let mut of = open::lock(&self.problems);
+        for problem in std::mem::take(&mut of.unread) {
+            if !kept.problems.contains(&problem) {
+                kept.problems.push(problem);
+            }
+        }
+        of.known.clone_from(&kept.problems);
+        kept
+    }
+
+    /// Also returns whether both files have what was read.
+    async fn read_until(
+        &self,
+        db: Result<Database, StoreError>,
+        until: Instant,
+    ) -> (KeptSubscribers, bool) {
+        match timeout_at(until, self.copy.clone().lock_owned()).await {
+            Ok(copy) => self.read_files(db, copy, until).await,
+            Err(_) => (self.unread(), false),
+        }
+    }
+
+    /// Nothing could be read in time.
+    fn unread(&self) -> KeptSubscribers {
+        self.read_again();
+        let why = format!(
+            "`{}` and the key could not be read within {} s: those subscribers made over the API that are not known are not served, and none is removed; check the disk",
+            self.copy_path.display(),
+            self.timeout.as_secs()
+        );
+        KeptSubscribers { may_lack: true, problems: vec![why], ..KeptSubscribers::default() }
+    }
+
+    async fn read_files(
+        &self,
+        db: Result<Database, StoreError>,
+        mut copy: OwnedMutexGuard<Copy>,
+        until: Instant,
+    ) -> (KeptSubscribers, bool) {
+        // A change that ends later marks it again.
+        let (marks, was_behind) = (self.lag.marks(), self.lag.is_behind());
+        let (keyring, is_ours) = (self.keyring.clone(), db.is_ok());
+        let reading = blocking(move || {
+            if is_ours {
+                keyring.clean();
+                copy.clean();
+            }
+            (keyring.read(), copy.read(), copy.aside(), copy)
+        });
+        let Ok((keys, read, mut aside_files, copy)) = timeout_at(until, reading).await else {
+            return (self.unread(), false);
+        };
         let (keys, keys_error) = match keys {
             Ok(keys) => (keys, None),
             Err(e) => (SealKeys::default(), Some(e)),
         };
         let mut kept = KeptSubscribers::default();
-        let contents = read.unwrap_or_else(|e| {
-            kept.problems.push(format!("`{}` cannot be read: {e}", copy.path().display()));
-            Contents { is_there: true, damaged: 1, ..Contents::default() }
-        });
         let stored = match &db {
-            Ok(db) => read_all(db).await,
+            Ok(db) => self.read_all(db, until).await,
             Err(e) => Err(e.clone()),
         };
-        let rows = match (db, stored) {
-            (Ok(db), Ok(stored)) => {
-                self.reconcile(&db, copy, stored, contents, &keys, &mut kept).await
+        let copies = Copies { copy, was_behind, until };
+        let (rows, in_step) = match (db, stored, read) {
+            (Ok(db), Ok(stored), Ok(contents)) => {
+                let (rows, written) =
+                    self.reconcile(&db, copies, stored, contents, &keys, &mut kept).await;
+                let in_step = written.is_some();
+                aside_files.extend(written.flatten());
+                (rows, in_step)
             }
-            (Err(e), _) | (_, Err(e)) => {
-                kept.may_lack = !contents.is_there || contents.damaged > 0;
-                kept.problems.push(away(&e, &contents, &copy));
-                contents.rows
+            (Ok(_), Ok(stored), Err(e)) => {
+                // It is not overwritten.
+                kept.may_lack = true;
+                kept.problems.push(unreadable(&self.copy_path, &e));
+                (stored, false)
+            }
+            (Err(e), _, read) | (_, Err(e), read) => {
+                let contents = read.unwrap_or_else(|e| {
+                    kept.problems.push(unreadable(&self.copy_path, &e));
+                    Contents { is_there: true, damaged: 1, ..Contents::default() }
+                });
+                // The last change may be the line that is torn.
+                kept.may_lack = !contents.is_there || contents.damaged > 0 || contents.is_torn;
+                kept.problems.push(away(&e, &contents, &copies.copy));
+                (contents.rows, false)
             }
         };
+        if in_step {
+            self.lag.caught_up(marks);
+        }
+        if let Some(aside) = aside(&aside_files) {
+            kept.may_lack = true;
+            kept.problems.push(aside);
+        }
         let why = |row: &SealedRow, why| match &keys_error {
             Some(e) => e.to_string(),
             None => locked(row, why, &self.keyring.place()),
         };
         open_all(rows, &keys, why, &mut kept);
-        kept
+        (kept, in_step)
     }
 
-    /// Compares the store with its copy, and puts back what either lacks. Returns the rows.
+    /// Compares the store with its copy, and puts back what either lacks. Returns the rows, and, if
+    /// both have them, the damaged copy that was set aside.
     async fn reconcile(
         &self,
         db: &Database,
-        mut copy: OwnedMutexGuard<Copy>,
+        copies: Copies,
         stored: Rows,
         contents: Contents,
         keys: &SealKeys,
         kept: &mut KeptSubscribers,
-    ) -> Rows {
+    ) -> (Rows, Option<Option<PathBuf>>) {
+        let Copies { mut copy, was_behind, until } = copies;
         let Merged { rows, put_back, lost, older, undead } = merge(stored, &contents.rows, keys);
         let path = db.path().display().to_string();
         for (names, what) in [
@@ -237,34 +409,120 @@ impl Kept {
             }
         }
         if !put_back.is_empty()
-            && let Err(e) =
-                db.write(move |db| put_back.iter().try_for_each(|row| sealed::write(db, row))).await
+            && let Err(e) = put_back_into(db, put_back, until).await
         {
             kept.problems
                 .push(format!("the last state of the subscribers cannot be put back: {e}"));
-            return rows;
+            return (rows, None);
         }
         let is_current = contents.damaged == 0
+            && !contents.is_torn
             && contents.rows == rows
-            && contents.lines <= 2 * rows.len() + SPARE_LINES
-            && !self.is_behind.load(Ordering::Relaxed);
+            && contents.lines == rows.len()
+            && !was_behind;
         if is_current || (rows.is_empty() && !contents.is_there) {
-            return rows;
+            return (rows, Some(None));
         }
-        let of = copy.path().display().to_string();
-        let (written, rows) = blocking(move || (copy.rewrite(rows.values()), rows)).await;
-        self.is_behind.store(written.is_err(), Ordering::Relaxed);
-        if let Err(e) = written {
+        let is_damaged = contents.damaged > 0;
+        let to_write = rows.clone();
+        let writing = blocking(move || {
+            let mut aside = None;
+            if is_damaged {
+                aside = Some(copy.set_aside()?);
+                open::remove_oldest_aside(copy.path());
+            }
+            copy.rewrite(to_write.values()).map(|()| aside)
+        });
+        let written = match timeout_at(until, writing).await {
+            Ok(written) => written,
+            Err(e) => Err(e.into()),
+        };
+        if let Err(e) = &written {
+            self.lag.mark();
+            kept.may_lack |= is_damaged;
             kept.problems.push(format!(
-                "`{of}`, the copy of the subscribers, cannot be written: {e}; check the disk and the directory"
+                "`{}`, the copy of the subscribers, cannot be written: {e}; check the disk and the directory",
+                self.copy_path.display()
             ));
         }
-        rows
+        (rows, written.ok())
     }
 
-    /// Whether the copy may lack changes.
+    /// What the files have that belong to a store which is off, for this reason: nobody serves it,
+    /// and nobody may remove it.
+    pub(super) async fn left(&self, data_dir: &Path, why: &str) -> KeptSubscribers {
+        let reading = async {
+            let mut copy = Copy::at(self.copy_path.clone());
+            let (read, aside) = blocking(move || (copy.read(), copy.aside())).await;
+            (read, aside, stored_in(&data_dir.join(STORE_FILE)).await)
+        };
+        let mut found = Vec::new();
+        let mut names = BTreeSet::new();
+        let mut add = |rows: Rows| {
+            names.extend(rows.into_values().filter(|row| row.sealed.is_some()).map(|row| row.name));
+        };
+        match timeout(self.timeout, reading).await {
+            Ok((copied, aside_files, stored)) => {
+                found.extend(aside(&aside_files));
+                match copied {
+                    Ok(contents) if contents.damaged > 0 => {
+                        found.push(format!("`{}` is damaged", self.copy_path.display()));
+                        add(contents.rows);
+                    }
+                    Ok(contents) => add(contents.rows),
+                    Err(e) => found.push(unreadable(&self.copy_path, &e)),
+                }
+                match stored {
+                    Ok(rows) => add(rows),
+                    Err(e) => found.push(e.to_string()),
+                }
+            }
+            Err(_) => return self.unread(),
+        }
+        let mut kept = KeptSubscribers::default();
+        let names: Vec<String> = names.into_iter().collect();
+        if !names.is_empty() {
+            found.insert(
+                0,
+                format!("its files have subscribers made over the API: {}", listed(&names)),
+            );
+        }
+        if !found.is_empty() {
+            kept.may_lack = true;
+            kept.problems.push(format!(
+                "{why}, and in `{}` {}. They are not served, and nobody is removed: set [store] url = \"sqlite\", or move `{STORE_FILE}` and `{COPY_FILE}` away",
+                data_dir.display(),
+                found.join("; ")
+            ));
+        }
+        kept
+    }
+
+    async fn read_all(&self, db: &Database, until: Instant) -> Result<Rows, StoreError> {
+        match timeout_at(until, db.read(sealed::all)).await {
+            Ok(read) => read.map_err(|e| StoreError::new(e.to_string())),
+            Err(_) => Err(StoreError::new(format!(
+                "`{}` has not answered for {} s",
+                db.path().display(),
+                self.timeout.as_secs()
+            ))),
+        }
+    }
+
+    /// Whether the copy may lack changes, or has what was replaced.
     pub(super) fn is_behind(&self) -> bool {
-        self.is_behind.load(Ordering::Relaxed)
+        self.lag.is_behind()
+    }
+}
+
+#[cfg(test)]
+impl Kept {
+    pub(super) async fn copy_for_tests(&self) -> OwnedMutexGuard<Copy> {
+        self.copy.clone().lock_owned().await
+    }
+
+    pub(super) fn fall_behind(&self) {
+        self.lag.mark();
     }
 }
 
@@ -291,21 +549,33 @@ pub async fn seal_again(config: &SqliteConfig) -> Result<Resealed, StoreError> {
         return Err(StoreError::new(format!("there is no store `{}`", path.display())));
     }
     let held = open::lock_store(&config.data_dir)?;
-    let with = config.clone();
-    let opened = blocking(move || Precious::open(&with)).await;
-    let db = opened.map_err(|e| StoreError::new(e.to_string()))?.db;
-    let resealed = Kept::new(config).seal_again(&db).await;
-    db.close().await;
+    let resealed = seal_locked(config).await;
+    // Also if it has failed: the lock would say that a daemon was killed.
     if held.ended_well {
         held.ends_well();
     }
     resealed
 }
 
+async fn seal_locked(config: &SqliteConfig) -> Result<Resealed, StoreError> {
+    let with = config.clone();
+    let opened = blocking(move || Precious::open(&with)).await;
+    let db = opened.map_err(|e| StoreError::new(e.to_string()))?.db;
+    let resealed = Kept::new(config).seal_again(&db).await;
+    db.close().await;
+    resealed
+}
+
 impl Kept {
     async fn seal_again(&self, db: &Database) -> Result<Resealed, StoreError> {
-        // First of all what one of the two lacks.
-        let KeptSubscribers { problems, .. } = self.read(Ok(db.clone())).await;
+        // First of all what one of the two lacks: the copy is written from the store below.
+        let (KeptSubscribers { problems, .. }, in_step) =
+            self.read_until(Ok(db.clone()), self.until()).await;
+        if !in_step {
+            let why =
+                "the store and its copy cannot be brought into step, and nothing is sealed again";
+            return Err(StoreError::new(format!("{why}: {}", problems.join("; "))));
+        }
         let keyring = self.keyring.clone();
         let keys = blocking(move || keyring.read()).await?;
         if keys.first().is_none() {
@@ -346,15 +616,59 @@ fn seal_rows(db: &Connection, keys: &SealKeys) -> rusqlite::Result<Resealed> {
     Ok(result)
 }
 
-async fn read_all(db: &Database) -> Result<Rows, StoreError> {
-    match timeout(TIMEOUT, db.read(sealed::all)).await {
-        Ok(read) => read.map_err(|e| StoreError::new(e.to_string())),
-        Err(_) => Err(StoreError::new(format!(
-            "`{}` has not answered for {} s",
-            db.path().display(),
-            TIMEOUT.as_secs()
-        ))),
+/// The copy while it is compared.
+struct Copies {
+    copy: OwnedMutexGuard<Copy>,
+    was_behind: bool,
+    until: Instant,
+}
+
+async fn put_back_into(
+    db: &Database,
+    rows: Vec<SealedRow>,
+    until: Instant,
+) -> Result<(), StoreError> {
+    let write = move |db: &Connection| rows.iter().try_for_each(|row| sealed::write(db, row));
+    match timeout_at(until, db.write(write)).await {
+        Ok(written) => written.map_err(|e| StoreError::new(e.to_string())),
+        Err(_) => {
+            let path = db.path().display();
+            Err(StoreError::new(format!("`{path}` has not answered yet, and may take it later")))
+        }
     }
+}
+
+/// The rows of a store that no process has to have open; none if there is no file.
+async fn stored_in(path: &Path) -> Result<Rows, StoreError> {
+    let of = path.to_owned();
+    let opened = blocking(move || Database::open_read_only(&of, &schema::store())).await;
+    let db = match opened {
+        Ok(db) => db,
+        Err(e) if e.kind() == sqlite::Kind::Missing => return Ok(Rows::default()),
+        Err(e) => return Err(StoreError::new(e.to_string())),
+    };
+    let rows = db.read(sealed::all).await;
+    db.close().await;
+    rows.map_err(|e| StoreError::new(e.to_string()))
+}
+
+fn unreadable(copy: &Path, e: &std::io::Error) -> String {
+    format!(
+        "the copy `{}` of the subscribers made over the API cannot be read: {e}; those that it alone has are not served, and none is removed",
+        copy.display()
+    )
+}
+
+/// Says that there are damaged copies that were set aside.
+fn aside(files: &[PathBuf]) -> Option<String> {
+    let first = files.first()?.display();
+    let more = match files.len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Some(format!(
+        "`{first}`{more} is a damaged copy of the subscribers made over the API that was set aside: those that it alone has are not served, and none is removed. Make those again that are missing, then delete it"
+    ))
 }
 
 /// Says that the store is away, and what that means for the subscribers.
@@ -364,7 +678,7 @@ fn away(e: &StoreError, contents: &Contents, copy: &Copy) -> String {
         format!(
             "there is no copy `{copy}` of the subscribers made over the API: if there are any, they are not served, and none is removed"
         )
-    } else if contents.damaged > 0 {
+    } else if contents.damaged > 0 || contents.is_torn {
         format!(
             "the copy `{copy}` of the subscribers made over the API is damaged: those that it lacks are not served, and none is removed"
         )

@@ -7,7 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::schema::KEY_FILE;
+use super::{
+    copy,
+    schema::{KEY_FILE, PART},
+};
 use crate::{
     clock,
     crypto::{
@@ -70,6 +73,12 @@ impl Keyring {
         }
     }
 
+    /// Removes what an interrupted making has left: a second name of the key, or half of one. No other
+    /// process may make the file.
+    pub(super) fn clean(&self) {
+        copy::remove_part(&self.file);
+    }
+
     /// Makes the file, whole or not at all. Blocks its thread.
     ///
     /// # Errors
@@ -88,7 +97,7 @@ impl Keyring {
     }
 
     fn write(&self, key: &SealKey) -> std::io::Result<()> {
-        let part = with_suffix(&self.file, ".part");
+        let part = with_suffix(&self.file, PART);
         match std::fs::remove_file(&part) {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
             _ => {}

@@ -20,7 +20,7 @@ use super::{
     chunk::{self, Chunk},
     deliveries,
     fault::{Fault, millis},
-    schema::{self, HISTORY_FILE, LOCK, STORE_FILE},
+    schema::{self, ASIDE, HISTORY_FILE, LOCK, STORE_FILE},
     source::Source,
 };
 use crate::{
@@ -322,7 +322,7 @@ fn open_history(path: &Path, because: &mut Option<String>) -> Result<Database, s
 pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
     let now = clock::rfc3339_seconds(clock::now());
     let stamp: String = now.chars().filter(|c| c.is_ascii_alphanumeric()).collect();
-    let aside = with_suffix(path, &format!(".damaged-{stamp}"));
+    let aside = with_suffix(path, &format!("{ASIDE}{stamp}"));
     for suffix in ["", "-wal", "-shm"] {
         match std::fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix)) {
             Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -344,9 +344,9 @@ pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
 }
 
 /// A disk that damages file after file must not be filled by them.
-fn remove_oldest_aside(path: &Path) {
+pub(super) fn remove_oldest_aside(path: &Path) {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let prefix = format!("{name}.damaged-");
+    let prefix = format!("{name}{ASIDE}");
     let dir = path.parent().unwrap_or(Path::new("."));
     let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let names = names.filter_map(|entry| entry.file_name().into_string().ok());

@@ -160,6 +160,10 @@ pub(super) const STORE_FILE: &str = "store.db";
 pub(super) const LOCK: &str = "store.lock";
 /// The last known subscribers made over the API, sealed as they are in the store.
 pub(super) const COPY_FILE: &str = "subscribers.sealed";
+/// What a file is called while it is written.
+pub(super) const PART: &str = ".part";
+/// What a damaged file is called that was moved away, before a time.
+pub(super) const ASIDE: &str = ".damaged-";
 /// The key that seals them, unless others are configured.
 pub(super) const KEY_FILE: &str = "store.key";
 
@@ -192,6 +196,8 @@ pub(super) const fn store() -> Options {
     Options {
         empties_log: true,
         backs_up: true,
+        // A secret that was replaced or removed is not left in it, sealed as it is.
+        overwrites: true,
         steps: Some([Step::StoreCommitting, Step::StoreCommitted]),
         damaged: "stop hooktrail, keep a copy, and put a backup in its place, or move it away",
         ..Options::new("store", "store", schema)

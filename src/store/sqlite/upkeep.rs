@@ -47,7 +47,7 @@ pub(super) enum PreciousState {
         why: String,
         with_all: bool,
     },
-    /// It is not opened, for this reason: there are no subscribers in it.
+    /// It is not opened, for this reason.
     Off(String),
     Closed,
 }
@@ -152,8 +152,7 @@ impl Shared {
         if self.kept.is_behind()
             && let Ok(db) = self.precious()
         {
-            // What is wrong is said to who reads them.
-            self.kept.read(Ok(db)).await;
+            self.kept.catch_up(db).await;
         }
     }
 
@@ -162,14 +161,17 @@ impl Shared {
         let mut precious = self.precious.subscribe();
         let decided = precious.wait_for(|state| !matches!(state, PreciousState::Opening));
         // Behind that time, or when the store is gone: as with one that is away.
-        let is_off = match timeout(OPENING, decided).await {
-            Ok(Ok(state)) => matches!(*state, PreciousState::Off(_)),
-            Ok(Err(_)) | Err(_) => false,
+        let off = match timeout(OPENING, decided).await {
+            Ok(Ok(state)) => match &*state {
+                PreciousState::Off(why) => Some(why.clone()),
+                _ => None,
+            },
+            Ok(Err(_)) | Err(_) => None,
         };
-        if is_off {
-            return KeptSubscribers::default();
+        match off {
+            Some(why) => self.kept.left(&self.config.data_dir, &why).await,
+            None => self.kept.read(self.precious()).await,
         }
-        self.kept.read(self.precious()).await
     }
 
     /// The files, if they may be written.

@@ -290,7 +290,218 @@ async fn subscribers_are_kept_also_without_history() {
     put(&store, "a", DOCUMENT, Some(a.version), 2).await;
     store.close(true).await;
     let off = SqliteStore::off(config(dir.path()), "off");
-    assert_eq!(open_subscribers(&off).await, []);
+    // What they have is not served, and that nobody says that there are none.
+    let kept = off.subscribers().await;
+    assert!(kept.may_lack && kept.all.is_empty(), "{kept:?}");
+    assert!(
+        problem(&kept).contains("`a`") && problem(&kept).starts_with("off, and in"),
+        "{kept:?}"
+    );
+    let empty = tempfile::tempdir().expect("a directory");
+    assert_eq!(open_subscribers(&SqliteStore::off(config(empty.path()), "off")).await, []);
+}
+
+/// A store whose subscribers are waited for this long.
+async fn impatient(dir: &Path, timeout: Duration) -> SqliteStore {
+    let mut store = SqliteStore::new(config(dir), 7, roomy);
+    Arc::get_mut(&mut store.0).expect("the only one").kept.timeout = timeout;
+    store.0.keep();
+    in_state(&store, |s| s.history == HistoryState::Open).await;
+    store
+}
+
+/// Holds the thread that writes the precious file, until it is dropped.
+fn hold_writer(store: &SqliteStore) -> std::sync::mpsc::Sender<()> {
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let store = store.clone();
+    tokio::spawn(async move {
+        let hold = move |_: &Connection| {
+            released.recv().ok(); // it ends when the sender is dropped
+            Ok(())
+        };
+        store.precious(hold).await.expect("writes");
+    });
+    release
+}
+
+#[tokio::test]
+async fn a_change_that_ends_after_its_answer_is_read_again_and_the_copy_has_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = impatient(dir.path(), Duration::from_millis(300)).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    let held = hold_writer(&store);
+    tokio::task::yield_now().await;
+    let deletion = operation("delete_subscriber", "a", 2);
+    let late = store.delete_subscriber(&a.name, a.version, deletion).await;
+    assert!(late.expect_err("it is late").is_unknown());
+    // It has not happened yet.
+    assert_eq!(store.subscribers().await.all, [KeptSubscriber::Open(a)]);
+    let mut to_read = store.subscribers_to_read();
+    to_read.mark_unchanged();
+    drop(held);
+    let again = tokio::time::timeout(Duration::from_secs(20), to_read.changed()).await;
+    again.expect("in time").expect("it lives");
+    assert_eq!(open_subscribers(&store).await, []);
+    store.close(true).await;
+    fs::remove_file(dir.path().join("store.db")).expect("a file");
+    let store = start(config(dir.path())).await;
+    assert_eq!(store.subscribers().await.all, [], "the copy says so too");
+}
+
+#[tokio::test]
+async fn the_subscribers_are_read_in_time_whatever_hangs() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let limit = Duration::from_secs(2);
+    let store = impatient(dir.path(), limit).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    let forget = "DELETE FROM sealed_subscriber";
+    store.precious(move |db| db.execute(forget, [])).await.expect("writes");
+    // Part of the time another holds the copy, and then the store does not take what it lacks.
+    let held = hold_writer(&store);
+    tokio::task::yield_now().await;
+    let copy = store.0.kept.copy_for_tests().await;
+    let begun = clock::instant();
+    let reading = tokio::spawn({
+        let store = store.clone();
+        async move { store.subscribers().await }
+    });
+    tokio::time::sleep(limit * 3 / 4).await;
+    drop(copy);
+    let kept = reading.await.expect("answers");
+    assert!(begun.elapsed() < limit * 3 / 2, "{:?}", begun.elapsed());
+    assert_eq!(kept.all, [KeptSubscriber::Open(a)]);
+    assert!(kept.problems.join("\n").contains("cannot be put back"), "{kept:?}");
+    // Nothing could be read.
+    let copy = store.0.kept.copy_for_tests().await;
+    let kept = store.subscribers().await;
+    assert!(kept.may_lack && problem(&kept).contains("none is removed"), "{kept:?}");
+    drop((copy, held));
+}
+
+#[tokio::test]
+async fn a_read_that_is_given_up_leaves_the_copy_behind_for_the_next_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    put(&store, "a", DOCUMENT, None, 1).await;
+    // The read waits until the store takes what it lacks.
+    let forget = "DELETE FROM sealed_subscriber";
+    store.precious(move |db| db.execute(forget, [])).await.expect("writes");
+    let held = hold_writer(&store);
+    tokio::task::yield_now().await;
+    store.0.kept.fall_behind();
+    let given_up = tokio::time::timeout(Duration::from_millis(300), store.subscribers()).await;
+    given_up.expect_err("it waits");
+    assert!(store.0.kept.is_behind());
+    drop(held);
+    store.subscribers().await;
+    assert!(!store.0.kept.is_behind());
+}
+
+#[tokio::test]
+async fn a_torn_copy_alone_removes_nobody() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    put(&store, "b", DOCUMENT, None, 1).await;
+    store.close(true).await;
+    let copy = dir.path().join(COPY_FILE);
+    let sound = fs::read(&copy).expect("reads");
+    fs::write(&copy, &sound[..sound.len() - 9]).expect("writes");
+    fs::write(dir.path().join("store.db"), "no database ".repeat(99)).expect("writes");
+    let store = start(config(dir.path())).await;
+    let kept = store.subscribers().await;
+    assert_eq!((&*kept.all, kept.may_lack), (&[KeptSubscriber::Open(a)][..], true));
+    assert!(problem(&kept).contains("those that it lacks are not served"), "{kept:?}");
+}
+
+#[tokio::test]
+async fn a_damaged_copy_is_set_aside_and_nobody_may_be_removed_until_somebody_has_seen_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    put(&store, "b", DOCUMENT, None, 1).await;
+    store.close(true).await;
+    let copy = dir.path().join(COPY_FILE);
+    let damaged =
+        fs::read_to_string(&copy).expect("reads").replacen("\"name\":\"b\"", "\"name\":\"x\"", 1);
+    fs::write(&copy, &damaged).expect("writes");
+    // The store is older than it: what the damaged line has is nowhere else.
+    fs::remove_file(dir.path().join("store.db")).expect("a file");
+    for _ in 0..2 {
+        let store = start(config(dir.path())).await;
+        let kept = store.subscribers().await;
+        assert_eq!((&*kept.all, kept.may_lack), (&[KeptSubscriber::Open(a.clone())][..], true));
+        assert!(kept.problems.last().expect("one").contains("set aside"), "{kept:?}");
+        store.close(true).await;
+    }
+    let aside = files(dir.path()).into_iter().find(|(path, _)| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().contains(".damaged-"))
+    });
+    let (aside, bytes) = aside.expect("it is kept");
+    assert_eq!(bytes, damaged.as_bytes());
+    fs::remove_file(aside).expect("a file");
+    let store = start(config(dir.path())).await;
+    assert_eq!(open_subscribers(&store).await, [a]);
+}
+
+#[tokio::test]
+async fn what_the_background_finds_is_said_to_the_next_reader() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    let mut to_read = store.subscribers_to_read();
+    let forget = "DELETE FROM sealed_subscriber WHERE name = 'a'";
+    store.precious(move |db| db.execute(forget, [])).await.expect("writes");
+    to_read.mark_unchanged();
+    store.0.kept.catch_up(store.0.precious().expect("is open")).await;
+    assert!(to_read.has_changed().expect("it lives"));
+    let kept = store.subscribers().await;
+    assert_eq!(kept.all, [KeptSubscriber::Open(a)]);
+    assert!(problem(&kept).contains("they go on: `a`"), "{kept:?}");
+}
+
+#[tokio::test]
+async fn a_secret_that_was_replaced_or_removed_is_in_no_file_any_more() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let mut removed = Vec::new();
+    let sealed = async |name: &'static str| {
+        let query = "SELECT sealed FROM sealed_subscriber WHERE name = ?1";
+        let read =
+            move |db: &Connection| db.query_row(query, [name], |row| row.get::<_, Vec<u8>>(0));
+        store.read_precious(read).await.expect("a row")
+    };
+    let document = format!("{{\"description\":\"{}\"}}", "x".repeat(500));
+    for n in 0..20 {
+        let a = put(&store, "a", &document, None, n).await;
+        removed.push(sealed("a").await);
+        let b = put(&store, "a", &document, Some(a.version), n).await;
+        removed.push(sealed("a").await);
+        delete(&store, &b).await;
+    }
+    store.close(true).await;
+    let store = start(config(dir.path())).await;
+    assert_eq!(open_subscribers(&store).await, []);
+    store.close(true).await;
+    let stored = fs::read(dir.path().join("store.db")).expect("reads");
+    let copied = fs::read_to_string(dir.path().join(COPY_FILE)).expect("reads");
+    for sealed in removed {
+        let part = &sealed[100..200];
+        assert!(!stored.windows(part.len()).any(|bytes| bytes == part), "it is in the store");
+    }
+    assert!(!copied.contains("\"sealed\":\""), "{copied}");
+}
+
+#[tokio::test]
+async fn what_an_interrupted_write_has_left_is_removed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let left = [COPY_FILE, KEY_FILE].map(|name| dir.path().join(format!("{name}.part")));
+    for path in &left {
+        fs::write(path, "half").expect("writes");
+    }
+    let store = start(config(dir.path())).await;
+    assert_eq!(open_subscribers(&store).await, []);
+    assert!(left.iter().all(|path| !path.exists()));
 }
 
 #[tokio::test]
@@ -342,6 +553,14 @@ async fn all_are_sealed_again_with_the_first_key_while_no_daemon_runs() {
     let busy = seal_again(&with(&[2, 1])).await.expect_err("a daemon has it").to_string();
     assert!(busy.contains("another daemon has the store"), "{busy}");
     store.close(true).await;
+
+    // It fails early, and is no daemon that was killed.
+    let path = dir.path().join("store.db");
+    let sound = fs::read(&path).expect("reads");
+    fs::write(&path, "no database ".repeat(99)).expect("writes");
+    seal_again(&with(&[2, 1])).await.expect_err("damaged");
+    assert_eq!(fs::read(dir.path().join(LOCK)).expect("a file"), b"");
+    fs::write(&path, sound).expect("writes");
 
     let locked = Resealed { locked: vec!["a".to_owned()], ..Resealed::default() };
     assert_eq!(seal_again(&with(&[2])).await, Ok(locked));
