@@ -40,6 +40,7 @@ mod hostile {
 mod operators {
     mod api;
     mod audit_log;
+    mod browser;
     mod commands;
     mod console;
     mod demo;
