@@ -26,7 +26,7 @@ mod subscribers;
 mod versions;
 pub mod view;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -79,7 +79,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Admin {
     socket: TcpListener,
-    port: u16,
+    listens: SocketAddr,
     tokens: Tokens,
 }
 
@@ -98,7 +98,12 @@ impl Admin {
                 "without a token the API shows no events, deliveries and operations, and manages no subscribers"
             );
         }
-        Ok(Self { socket, port: listens.port(), tokens })
+        Ok(Self { socket, listens, tokens })
+    }
+
+    /// The address that it listens on, with the port that was chosen for port 0.
+    pub fn listens(&self) -> SocketAddr {
+        self.listens
     }
 
     /// Serves, and takes events for `queue` while `phase` is [`Phase::Running`].
@@ -124,7 +129,7 @@ impl Admin {
         let health = Health::new(&store, board.clone());
         let (remembers, measured) = (health.clone(), health.clone());
         let introduction =
-            introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
+            introduction::routes(self.tokens.clone(), self.listens.port(), &reloader.config().path);
         let control = Control::new(
             queue.clone(),
             store.clone(),

@@ -11,6 +11,7 @@ mod demo;
 mod failed;
 mod history;
 mod init;
+mod keeping;
 mod listen;
 mod man;
 mod moment;

@@ -88,7 +88,7 @@
 //!              · action · actions · sending · dead_actions · webhook_form · overview · events
 //!              · deliveries · dead_letters · replays · webhooks · health
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
-//!              · text · failed · arguments · terminal · secret · complete · open · daemon
+//!              · text · failed · arguments · terminal · secret · complete · open · keeping · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
 //!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
 //!              · run · status · store · subscribers · test · cli

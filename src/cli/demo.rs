@@ -12,7 +12,11 @@ use std::time::Duration;
 
 use self::{home::Home, play::Play, receiver::Receiver, sample::REFUSED, stage::Stage};
 use super::{failed::Failed, open::reach};
-use crate::{config::Backend, queue::embedded::EmbeddedQueue};
+use crate::{
+    admin::Admin,
+    config::{Backend, Config},
+    queue::embedded::EmbeddedQueue,
+};
 
 /// The period of the failing receiver's outages: it is down from the fourth to the ninth second of
 /// each.
@@ -53,17 +57,32 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         },
         humantime::format_duration(args.publish_for)
     ));
+    let admin = Admin::bind(&config.admin).await.map_err(|e| {
+        Failed::Runtime(format!("the console cannot listen on {}: {e}", config.admin.listen))
+    })?;
+    stage.say(&console_of(&config, &admin));
     let play =
         Play { stage, config: &config, receivers: [&siem, &crm], publish_for: args.publish_for };
     match &config.queue.backend {
         Backend::Embedded => {
-            Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?)).await
+            Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?, admin)).await
         }
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
-            let played = Box::pin(play.run(queue.clone())).await;
+            let played = Box::pin(play.run(queue.clone(), admin)).await;
             queue.remove(config.subscribers.iter().map(|s| &s.name), true).await?;
             played
         }
     }
+}
+
+/// How to come to the console. The token is made for this run and ends with it, so that it may stand
+/// on the terminal: no other does.
+fn console_of(config: &Config, admin: &Admin) -> String {
+    let token = config.admin.token.as_ref().map_or("", |token| token.expose());
+    format!(
+        "Meanwhile in a browser: http://{}/console/\n  sign in with the token {token}\n  \
+         which ends with the demo; `--for 10m` gives it time.\n",
+        admin.listens()
+    )
 }

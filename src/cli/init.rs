@@ -35,6 +35,7 @@ pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
         )),
         _ => Failed::Runtime(format!("{} cannot be written: {e}", path.display())),
     })?;
+    let listen = config::load(path).map_err(Failed::Config)?.admin.listen;
     let it = shell_word(&path.to_string_lossy());
     println!(
         "wrote {path}, every key with its default and what it means, and a new [admin] token; only you can read it
@@ -44,7 +45,10 @@ Next:
   2. hooktrail --config {it} check       reports every mistake in it
   3. hooktrail --config {it} plan        shows what it would do: retries, memory, dead letters
   4. hooktrail --config {it} test NAME   sends one signed event to a subscriber
-  5. hooktrail --config {it} run         the daemon",
+  5. hooktrail --config {it} run         the daemon
+
+While it runs, the console is at http://{listen}/console/ in a browser on this machine.
+Sign in with the value of `token` in [admin] of {path}.",
         path = path.display(),
     );
     Ok(())

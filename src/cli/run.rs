@@ -4,17 +4,12 @@ use std::{path::Path, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
-use super::{daemon, failed::Failed, open::store_of};
+use super::{daemon, failed::Failed, keeping::History};
 use crate::{
     admin::Admin,
     clock,
-    config::{self, Backend, Config, StoreConfig},
-    history::{
-        Keeper,
-        deliveries::{Recorder, recording},
-        newcomers::{Announced, Newcomers},
-        replay::Replays,
-    },
+    config::{self, Backend, Config},
+    history::{newcomers::Newcomers, replay::Replays},
     queue::{Queue, Sharing, amqp::AmqpQueue, embedded::EmbeddedQueue},
     store::{KeptSubscribers, Store, sqlite::SqliteStore},
     supervisor::{
@@ -27,7 +22,7 @@ use crate::{
         log::{Level, Log},
         metrics::Metrics,
         resources,
-        status::{Board, Observer},
+        status::Board,
     },
 };
 
@@ -179,43 +174,6 @@ async fn kept_by(store: &impl Store) -> KeptSubscribers {
         );
         KeptSubscribers { may_lack: true, problems: vec![problem], ..KeptSubscribers::default() }
     })
-}
-
-/// The history of a daemon.
-struct History {
-    store: SqliteStore,
-    observers: Vec<Observer>,
-    /// `None` if none is kept.
-    recorder: Option<Recorder>,
-}
-
-impl History {
-    fn start(config: &Config, metrics: &Metrics) -> Self {
-        if config.store == StoreConfig::None {
-            let why = "nothing is remembered: [store] url is \"none\"";
-            let store = SqliteStore::off(store_of(config), why);
-            return Self { store, observers: Vec::new(), recorder: None };
-        }
-        let store = SqliteStore::start(store_of(config));
-        if !config.keeps_history() {
-            return Self { store, observers: Vec::new(), recorder: None };
-        }
-        let (observer, recorder) = recording(&resources::host_name(), metrics);
-        Self { store, observers: vec![observer], recorder: Some(recorder) }
-    }
-
-    /// Begins to fill the store.
-    fn keep(
-        self,
-        queue: &impl Queue,
-        reloader: &Reloader,
-        replays: Replays,
-        announced: Announced,
-    ) -> Option<Keeper> {
-        let (recorder, subscribers) = (self.recorder?, reloader.subscribers());
-        let (queue, store) = (queue.clone(), self.store);
-        Some(Keeper::start(queue, store, recorder, subscribers, replays, announced))
-    }
 }
 
 /// The tasks that give the reloader what changes around it.

@@ -35,8 +35,11 @@ impl Home {
         // TOML has the escapes of JSON.
         let url = json!(amqp.unwrap_or("embedded")).to_string().replace("${", "$${");
         let token = new_token();
+        // What is made in the console is deleted with the directory, and not with a RabbitMQ's queues.
+        let manage = amqp.is_none();
         let mut text = format!(
-            "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"{token}\"\n\
+            "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"{token}\"\nmanage = {manage}\n\
+             [admin.api_subscribers]\nallow_http = true\nallow_addresses = [\"127.0.0.0/8\"]\n\
              [queue]\nurl = {url}\nexchange = \"{name}\"\nprefix = \"{name}\"\n\
              [batch]\nmax_events = 50\nmax_bytes = \"32KiB\"\nmax_wait = \"400ms\"\n\
              [http]\nallow_http = true\nallow_private_addresses = true\ntimeout = \"5s\"\n\

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use super::{
     narrator::narrate,
@@ -11,13 +11,19 @@ use super::{
     stage::Stage,
 };
 use crate::{
-    cli::failed::Failed,
+    admin::Admin,
+    cli::{failed::Failed, keeping::History},
     clock,
     config::Config,
-    history::newcomers::Newcomers,
+    history::{newcomers::Newcomers, replay::Replays},
     queue::{DeadLetters as _, NewEvent, Queue},
-    supervisor::fleet::{self, Controls, Phase},
+    store::{KeptSubscribers, Store as _},
+    supervisor::{
+        fleet::{self, Controls, Phase},
+        reload::Reloader,
+    },
     telemetry::{
+        log::Level,
         metrics::Metrics,
         status::{Board, Observer},
     },
@@ -36,24 +42,44 @@ pub(super) struct Play<'p> {
 }
 
 impl Play<'_> {
-    pub(super) async fn run<Q: Queue>(&self, queue: Q) -> Result<(), Failed> {
+    pub(super) async fn run<Q: Queue>(&self, queue: Q, admin: Admin) -> Result<(), Failed> {
         queue.ensure(&self.config.subscribers).await?;
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { drop(stopped.await) };
-        let phase = watch::Sender::new(Phase::Starting);
-        let nothing = std::future::ready(());
-        let stage = self.stage.clone();
-        let observer = Observer::new(move |subscriber, event| narrate(&stage, subscriber, event));
+        let (phase, phases) = watch::channel(Phase::Starting);
+        let metrics = Metrics::new(clock::now());
+        let history = History::start(self.config, &metrics);
+        let board = self.board(&metrics, &history);
+        let (reloader, changes) = Reloader::new(
+            self.config.clone(),
+            KeptSubscribers::default(), // the store is new
+            metrics,
+            queue.removals().clone(),
+            Level::default(),
+        );
+        let (replays, store) = (Replays::default(), history.store.clone());
+        let serving =
+            admin.serve(queue.clone(), store.clone(), replays.clone(), &reloader, &board, phases);
+        let (newcomers, announced) = Newcomers::new();
+        let mut keeper = history.keep(&queue, &reloader, replays, announced);
+        let limit = watch::Sender::new(Duration::from_secs(5)).subscribe();
         let controls = Controls {
             phase: &phase,
-            changes: mpsc::channel(1).1, // no changes
-            board: Board::observed(Metrics::new(clock::now()), [observer]),
-            shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
-            newcomers: Newcomers::default(),
+            changes,
+            board,
+            shutdown_timeout: limit.clone(),
+            newcomers,
             hurry: Box::pin(std::future::pending()),
         };
-        let daemon =
-            fleet::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
+        let queue_unused = async {
+            let drains = serving.done_with_the_queue();
+            match &mut keeper {
+                Some(keeper) => keeper.done_with_the_queue(drains, &limit).await,
+                None => drains.await,
+            }
+        };
+        let subscribers = self.config.subscribers.clone();
+        let daemon = fleet::run(queue.clone(), subscribers, shutdown, controls, queue_unused);
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;
@@ -62,14 +88,29 @@ impl Play<'_> {
             for r in self.receivers {
                 dead.push(dead_ids(&queue, r.name).await?);
             }
+            let acted = store.operations(None, 1).await.is_ok_and(|page| !page.rows.is_empty());
             stop.send(()).ok(); // the daemon may have ended in an error, which is returned below
-            Ok::<_, Failed>((published, dead))
+            Ok::<_, Failed>((published, dead, acted))
         };
         let (ended, shown) = tokio::join!(daemon, show);
         self.stage.end();
+        if let Some(keeper) = keeper {
+            keeper.close(*limit.borrow(), std::future::pending()).await;
+        }
+        serving.close().await;
         ended?;
-        let (published, dead) = shown?;
-        self.account(&published, &dead)
+        let (published, dead, acted) = shown?;
+        self.account(&published, &dead, acted)
+    }
+
+    fn board(&self, metrics: &Metrics, history: &History) -> Board {
+        let stage = self.stage.clone();
+        let narrating = Observer::new(move |subscriber, event| narrate(&stage, subscriber, event));
+        let recording = history.observers.iter().cloned();
+        Board::observed(
+            metrics.clone(),
+            [narrating].into_iter().chain(recording).collect::<Vec<_>>(),
+        )
     }
 
     /// Publishes for `publish_for`, or until Ctrl-C; returns the ids of all events.
@@ -154,11 +195,13 @@ impl Play<'_> {
             .collect()
     }
 
-    /// `dead`: the events in each receiver's dead letters.
+    /// `dead`: the events in each receiver's dead letters. `acted`: somebody has changed something in
+    /// the console, such as paused a subscriber or purged dead letters.
     fn account(
         &self,
         published: &BTreeSet<String>,
         dead: &[BTreeSet<String>],
+        acted: bool,
     ) -> Result<(), Failed> {
         self.stage.say(&format!(
             "\n{} published to each subscriber:",
@@ -185,6 +228,13 @@ impl Play<'_> {
             for id in lost.iter().take(5) {
                 self.stage.say(&format!("         NOT ACCOUNTED FOR: {id}"));
             }
+        }
+        if missing > 0 && acted {
+            self.stage.say(&format!(
+                "{} not accounted for, after what was done in the console or over the API.",
+                counted(missing, "deliver(y is|ies are)")
+            ));
+            return Ok(());
         }
         if missing > 0 {
             return Err(Failed::Runtime(format!(

@@ -67,13 +67,21 @@ impl Seen {
 
 impl Browser {
     pub(super) fn new(api: &Api) -> Self {
+        Self::at(api.port)
+    }
+
+    fn at(port: u16) -> Self {
         let client = reqwest::Client::builder().no_proxy();
         let client = client.redirect(reqwest::redirect::Policy::none()).build().expect("a client");
-        Self { port: api.port, client, cookie: None }
+        Self { port, client, cookie: None }
     }
 
     pub(super) async fn signed_in(api: &Api, token: &str) -> Self {
-        let mut browser = Self::new(api);
+        Self::signed_in_at(api.port, token).await
+    }
+
+    pub(super) async fn signed_in_at(port: u16, token: &str) -> Self {
+        let mut browser = Self::at(port);
         let seen = browser.sign_in(token, "/console/events?text=a").await;
         assert_eq!((seen.status, seen.header("location")), (303, "/console/events?text=a"));
         browser.cookie = Some(seen.header("set-cookie").split(';').next().expect("one").to_owned());

@@ -1,8 +1,12 @@
 //! `hooktrail demo`: on a machine with nothing else, and on a RabbitMQ.
 
-use std::process::{Command, Output, Stdio};
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Command, Output, Stdio},
+};
 
-use crate::support::tests_that_need;
+use super::console::Browser;
+use crate::support::{eventually, run, tests_that_need};
 
 tests_that_need!(broker: does_the_same_on_a_rabbitmq);
 
@@ -23,6 +27,7 @@ fn shows_everything(output: &Output) {
     let reported = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{reported}{}", String::from_utf8_lossy(&output.stderr));
     for part in [
+        "in a browser: http://127.0.0.1:",
         "events published",
         "signature verified",
         "answered 503: attempt 1 of a batch of",
@@ -57,6 +62,54 @@ fn shows_everything(output: &Output) {
 fn needs_nothing_and_accounts_for_every_event() {
     let (output, temporary) = demo(&["--for", "12s"]);
     shows_everything(&output);
+    let left = std::fs::read_dir(temporary.path()).expect("reads").count();
+    assert_eq!(left, 0, "it cleans up after itself");
+}
+
+#[test]
+fn its_console_takes_the_token_that_it_prints_and_what_is_done_there_is_not_called_a_loss() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+        .args(["demo", "--for", "6s"])
+        .env("TMPDIR", temporary.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("hooktrail runs");
+    let mut lines = BufReader::new(demo.stdout.take().expect("a pipe"));
+    let mut behind = |words: &str| {
+        let mut line = String::new();
+        while !line.contains(words) {
+            line.clear();
+            assert!(lines.read_line(&mut line).expect("text") > 0, "`{words}` is not printed");
+        }
+        line.split(words).nth(1).expect("it is there").trim().to_owned()
+    };
+    let (address, token) = (behind("in a browser: "), behind("with the token "));
+    // No other user reads it in the list of processes.
+    let shown = std::fs::read(format!("/proc/{}/cmdline", demo.id())).expect("it runs");
+    assert!(!String::from_utf8_lossy(&shown).contains(&token));
+    run(async {
+        let port = address.split(&[':', '/'][..]).nth(4).and_then(|port| port.parse().ok());
+        let port: u16 = port.unwrap_or_else(|| panic!("no port in {address}"));
+        let browser = Browser::signed_in_at(port, &token).await;
+        eventually("both receivers are shown, and history has events", async || {
+            let page = browser.page("/console/").await;
+            let has_both = page.contains("/webhooks/siem") && page.contains("/webhooks/crm");
+            // The store is being opened at first.
+            has_both && browser.get("/console/events").await.text.contains("activity_log.")
+        })
+        .await;
+        let asked = browser.page("/console/webhooks/crm/pause").await;
+        let own = super::console::key(&asked);
+        let form = [("form_key", own.as_str()), ("why", "a look")];
+        let seen = browser.post("/console/webhooks/crm/pause", &form, &[]).await;
+        assert_eq!(seen.status, 303, "{}", seen.text);
+    });
+    let mut rest = String::new();
+    lines.read_to_string(&mut rest).expect("text");
+    let ended = demo.wait().expect("ends");
+    assert!(ended.success() && rest.contains("after what was done in the console"), "{rest}");
     let left = std::fs::read_dir(temporary.path()).expect("reads").count();
     assert_eq!(left, 0, "it cleans up after itself");
 }

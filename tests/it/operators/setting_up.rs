@@ -46,6 +46,16 @@ fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another()
         "{reported}"
     );
     let file = dir.path().join("config/hooktrail.toml");
+    // It leads to the console, and says where the token stands, and not the token.
+    let written = std::fs::read_to_string(&file).expect("text");
+    let token = written.split("\ntoken = \"").nth(1).and_then(|rest| rest.split('"').next());
+    let token = token.expect("a token");
+    for part in [
+        "the console is at http://127.0.0.1:8787/console/",
+        "`token` in [admin] of config/hooktrail.toml",
+    ] {
+        assert!(reported.contains(part) && !reported.contains(token), "{part}: {reported}");
+    }
     assert_eq!(std::fs::metadata(&file).expect("it is there").permissions().mode() & 0o777, 0o600);
     assert!(out(&alone(dir.path(), &["check"])).contains("no subscribers"));
     assert!(out(&alone(dir.path(), &["plan"])).contains("nothing would be delivered"));
