@@ -1,0 +1,172 @@
+//! The page with the form, and beside it the test.
+
+use std::borrow::Cow;
+
+use axum::{http::StatusCode, response::Response};
+use maud::{Markup, html};
+use url::Url;
+
+use super::{
+    NEW,
+    document::{AS_IT_IS, FIELDS, SIGNATURES, VERSION, of_form},
+};
+use crate::admin::{
+    answer::Refusal,
+    console::{
+        actions::{self, report},
+        form::Form,
+        page::{Mistakes, Page, Place, form_key, path_to, text},
+        session::Session,
+    },
+    view::{FieldError, ProblemKind, Tested},
+};
+
+/// The page with the form.
+pub(super) struct Sheet<'a> {
+    pub(super) session: &'a Session,
+    /// The webhook that is changed; `None` for a new one.
+    pub(super) name: Option<&'a str>,
+    pub(super) form: &'a Form,
+    /// What came of the last request: a test, or why it was not done.
+    pub(super) came: Option<Result<Tested, Refusal>>,
+}
+
+impl Sheet<'_> {
+    pub(super) fn answer(self) -> Response {
+        let Self { session, name, form, came } = self;
+        let came = came.map(|came| came.map_err(of_form));
+        let refusal = came.as_ref().and_then(|came| came.as_ref().err());
+        let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
+        let title = name.map_or("New webhook".to_owned(), |name| format!("Edit {name}"));
+        let to = name.map_or(NEW.to_owned(), |name| actions::path(name, "edit"));
+        let back = name.map_or(Place::Webhooks.path().to_owned(), |name| {
+            path_to(Place::Webhooks.path(), name)
+        });
+        let page = Page { session, place: Place::Webhooks, title: text(&title), refresh: None };
+        page.answer_with(status, html! {
+            div.head { h1 { (text(&title)) } }
+            @if let Some(refusal) = refusal { (problem(refusal, name)) }
+            div.sheet {
+                section.card.pad aria-label="Configuration" {
+                    form.deed id="webhook" method="post" action=(to) {
+                        (form_key(session))
+                        @if name.is_some() { input type="hidden" name=(VERSION) value=(form.get(VERSION)); }
+                        (fields(form, name, &Mistakes(refusal)))
+                        div.deeds {
+                            button.first { "Save" }
+                            a.button href=(back) { "Back" }
+                        }
+                    }
+                }
+                section.card.pad aria-labelledby="try" {
+                    h2 id="try" { "Test your integration" }
+                    p { "One event " code { "hooktrail.test" } " goes to the URL as it is in the form, nothing is saved. Here stands what was sent, byte for byte, and what came back." }
+                    p.muted.small { "Without a secret in the form, " @if name.is_some() { "it is signed with the one in use." } @else { "it is signed with one made for the test." } }
+                    div.deeds { button form="webhook" formaction=(format!("{to}/test")) { "Run Test" } }
+                    @if let Some(Ok(tested)) = &came { (report(tested)) }
+                }
+            }
+        })
+    }
+}
+
+/// Why it was not done, with the mistakes that no field of the form has.
+fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
+    let is_of_form = |e: &&FieldError| FIELDS.iter().any(|(field, _)| *field == e.field);
+    let (here, others): (Vec<_>, Vec<_>) = refusal.fields.iter().partition(is_of_form);
+    html! {
+        div.note.bad role="alert" {
+            @match (refusal.kind, name) {
+                (ProblemKind::Version, Some(name)) => {
+                    p { strong { "Somebody else has changed it meanwhile." } " Nothing was overwritten, and what you typed is still below. "
+                        a href=(actions::path(name, "edit")) { "Show how it is now" } "." }
+                }
+                _ if refusal.fields.is_empty() => p { (text(&refusal.why)) },
+                _ => {
+                    @if !here.is_empty() { p { "It was not taken: " (here.len()) (if here.len() == 1 { " field has" } else { " fields have" }) " a mistake, which is told there." } }
+                    @for e in others { p { code { (text(&e.field)) } " " (text(&e.detail)) } }
+                }
+            }
+        }
+    }
+}
+
+fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
+    let is_new = name.is_none();
+    let chosen = |field: &str, value: &str| form.get(field) == value;
+    html! {
+        @if is_new {
+            (line(form, mistakes, "name", "Name", "siem", "1 to 64 of a-z, 0-9 and -; it names the queues, and stays."))
+        }
+        @let has_password = matches!(without_password(form.get("url")), Cow::Owned(_));
+        (line(form, mistakes, "url", "URL", "https://example.com/hooks", if has_password { "A password is not shown: type it again, behind the name." } else { "Each batch is POSTed there." }))
+        div.field {
+            label for="format" { "Payload format" }
+            select id="format" name="format" aria-invalid=[mistakes.is_wrong("format")] aria-describedby=[mistakes.described_by("format")] {
+                @if chosen("format", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: from its preset" } }
+                option value="json" selected[!chosen("format", AS_IT_IS) && !chosen("format", "jsonl")] { "JSON: {\"events\":[…]}" }
+                option value="jsonl" selected[chosen("format", "jsonl")] { "JSON Lines: one event a line" }
+            }
+            (mistakes.beside("format"))
+        }
+        div.field {
+            label for="events" { "Events" }
+            textarea id="events" name="events" rows="3" spellcheck="false" placeholder="user.*" aria-invalid=[mistakes.is_wrong("events")] aria-describedby=[mistakes.described_by("events")] { "\n" (form.get("events")) }
+            span.hint { "Patterns of types, one a line: * is one word, # any number of words. Empty: all events." }
+            (mistakes.beside("events"))
+        }
+        div.field {
+            label for="signature" { "Signature" }
+            select id="signature" name="signature" aria-invalid=[mistakes.is_wrong("signature")] aria-describedby=[mistakes.described_by("signature")] {
+                @if chosen("signature", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: from its preset, or a header of its own" } }
+                @for (value, label, _) in SIGNATURES { option value=(value) selected[chosen("signature", value)] { (label) } }
+            }
+            (mistakes.beside("signature"))
+        }
+        div.field {
+            label for="secret" { "Signing secret" }
+            // It is not shown again, also not to who has typed it.
+            input id="secret" name="secret" type="password" autocomplete="new-password" aria-invalid=[mistakes.is_wrong("secret")] aria-describedby=[mistakes.described_by("secret")];
+            span.hint { @if is_new { "Empty: one is made, and shown once." } @else { "Empty: the secret in use stays. One that is typed replaces it at once; " a href=(actions::path(name.unwrap_or_default(), "secret")) { "New secret" } " lets both sign for a while." } }
+            (mistakes.beside("secret"))
+        }
+        (line(form, mistakes, "description", "Description", "", ""))
+        @if is_new {
+            div.check {
+                input id="start_paused" name="start_paused" type="checkbox" checked[chosen("start_paused", "on")];
+                label for="start_paused" { "Begin paused: events are kept from now on, and sent when it is resumed" }
+            }
+        }
+    }
+}
+
+fn line(
+    form: &Form,
+    mistakes: &Mistakes<'_>,
+    field: &str,
+    label: &str,
+    example: &str,
+    hint: &str,
+) -> Markup {
+    html! {
+        div.field {
+            label for=(field) { (label) }
+            input id=(field) name=(field) value=(without_password(form.get(field))) placeholder=(example) autocomplete="off" spellcheck="false"
+                aria-invalid=[mistakes.is_wrong(field)] aria-describedby=[mistakes.described_by(field)];
+            @if !hint.is_empty() && mistakes.is_wrong(field).is_none() { span.hint { (hint) } }
+            (mistakes.beside(field))
+        }
+    }
+}
+
+/// What was typed, but for the password of a URL.
+fn without_password(typed: &str) -> Cow<'_, str> {
+    match typed.trim().parse::<Url>() {
+        Ok(mut url) if url.password().is_some() => {
+            // It has a host, or it would have no password.
+            url.set_password(None).ok();
+            url.to_string().into()
+        }
+        _ => typed.into(),
+    }
+}
