@@ -32,7 +32,10 @@ pub use self::{
         Newcomer, Operation, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
         ReplayState, RequestKey, UnreadableReplay,
     },
-    row::{Appended, EventCounts, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
+    row::{
+        Appended, EventCounts, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription,
+        TypeCounts,
+    },
     state::{HistoryState, StoreState},
     subscriber::{Deleted, KeptSubscriber, KeptSubscribers, Put, Stamp, StoredSubscriber},
 };
@@ -99,6 +102,17 @@ pub trait Store: Clone + Send + Sync + 'static {
         hours: usize,
         time: Duration,
     ) -> impl Future<Output = Result<EventCounts, StoreError>> + Send;
+
+    /// Counts the events from `since` on by their types, from the latest one back, as far as that can
+    /// be done within `time`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn count_by_type(
+        &self,
+        since: SystemTime,
+        time: Duration,
+    ) -> impl Future<Output = Result<TypeCounts, StoreError>> + Send;
 
     /// The event with a number.
     ///

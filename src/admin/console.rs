@@ -84,7 +84,8 @@ async fn overview<Q: Queue, S: Store>(
     extract::State(console): This<Q, S>,
     SignedIn(session): SignedIn,
 ) -> Response {
-    overview::answer(&session, &console.control.overview().await)
+    let control = &console.control;
+    overview::answer(&session, &control.overview().await, |name| control.last_hour(name))
 }
 
 async fn list_events<Q: Queue, S: Store>(

@@ -19,7 +19,7 @@ use super::{
     answer::{Refusal, answer},
     guard::{Caller, with_token},
     query::{FromQuery, Parameters, Query},
-    view::{Delivery, DeliveryList, EventList, EventWhere},
+    view::{Delivery, DeliveryList, EventList, EventWhere, Reach},
 };
 use crate::{
     clock,
@@ -30,7 +30,7 @@ use crate::{
     queue::Queue,
     store::{
         By, DeliveryFilter, DeliveryState, EventCounts, EventFilter, EventNumber, EventRow, Store,
-        StoreError,
+        StoreError, TypeCounts,
     },
     supervisor::reload::Reloader,
 };
@@ -113,6 +113,13 @@ pub(super) struct Day {
     pub(super) until: Option<SystemTime>,
     /// Whether it ends with the hour that is now.
     pub(super) is_latest: bool,
+}
+
+/// Events of the last 24 hours by their types.
+pub(super) struct DayTypes {
+    pub(super) from: SystemTime,
+    pub(super) counts: TypeCounts,
+    pub(super) reach: Reach,
 }
 
 impl Day {
@@ -287,6 +294,14 @@ impl<Q: Queue, S: Store> History<Q, S> {
         let counts = counting.await.ok()?;
         let (since, until) = (filter.since, filter.until);
         Some(Day { from, counts, since, until, is_latest })
+    }
+
+    /// The events of the last 24 hours by their types, as far as they can be counted in a moment.
+    pub(super) async fn day_types(&self) -> Result<DayTypes, Refusal> {
+        let from = clock::now() - Duration::from_secs(HOURS * HOUR);
+        let counts = self.store.count_by_type(from, COUNT_TIME).await.map_err(away)?;
+        let reach = self.store.reach().await.map_err(away)?;
+        Ok(DayTypes { from, counts, reach: reach.into() })
     }
 
     pub(super) async fn deliveries(

@@ -16,7 +16,7 @@ use axum::{
     routing::{post, put},
 };
 
-pub(super) use self::managing::{Backlog, Draft};
+pub(super) use self::managing::{Backlog, Draft, PLACEHOLDER, Sample, Signed};
 use super::{
     answer::{Refusal, discard, json_answer},
     body::{self, FromBody},

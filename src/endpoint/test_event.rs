@@ -11,7 +11,7 @@ use crate::{
     delivery::{
         BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason, SubscriberName,
     },
-    endpoint::webhook::{Request, TestAttempt, Webhook},
+    endpoint::webhook::{Request, TestAttempt, Webhook, example_headers},
     event,
     policy::{
         answer::Health,
@@ -40,14 +40,7 @@ pub struct Report {
 /// It cannot be tried.
 pub async fn send(subscriber: &Subscriber) -> Result<Report, String> {
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load()?)?;
-    let body = body(subscriber);
-    let request = Request {
-        batch_id: BatchId::random(),
-        attempt: 1,
-        format: subscriber.format,
-        body: body.clone().into(),
-        replay: false,
-    };
+    let (request, body) = request(subscriber);
     let started = clock::instant();
     let attempt = webhook.test(request).await;
     let took = clock::instant() - started;
@@ -61,6 +54,35 @@ pub async fn send(subscriber: &Subscriber) -> Result<Report, String> {
         outcome,
         verdict,
     })
+}
+
+/// The request of a test event.
+#[derive(Debug)]
+pub struct Example {
+    /// In their order; the value of a secret one is `None`.
+    pub headers: Vec<(String, Option<String>)>,
+    pub body: Vec<u8>,
+}
+
+/// The request that [`send`] would make now, which is not sent.
+///
+/// # Errors
+/// A header cannot be sent.
+pub fn example(subscriber: &Subscriber) -> Result<Example, String> {
+    let (request, body) = request(subscriber);
+    Ok(Example { headers: example_headers(subscriber, &request)?, body })
+}
+
+fn request(subscriber: &Subscriber) -> (Request, Vec<u8>) {
+    let body = body(subscriber);
+    let request = Request {
+        batch_id: BatchId::random(),
+        attempt: 1,
+        format: subscriber.format,
+        body: body.clone().into(),
+        replay: false,
+    };
+    (request, body)
 }
 
 impl Report {

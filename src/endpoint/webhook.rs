@@ -171,12 +171,7 @@ impl Webhook {
                 return TestAttempt { headers: Vec::new(), answer: None, outcome: retry(failure) };
             }
         };
-        let shown = |(name, value): (&HeaderName, &HeaderValue)| {
-            let value =
-                if value.is_sensitive() { None } else { value.to_str().ok().map(str::to_owned) };
-            (name.to_string(), value)
-        };
-        let sent = headers.iter().map(shown).collect();
+        let sent = shown(&headers);
         let result = self.exchange(headers, request.body, clock::instant()).await;
         let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
         TestAttempt { headers: sent, answer, outcome: self.judge(result) }
@@ -274,30 +269,59 @@ impl Webhook {
     }
 
     fn headers(&self, request: &Request, now: SystemTime) -> Result<HeaderMap, String> {
-        let mut headers = self.own_headers.clone();
-        headers.insert(
-            USER_AGENT,
-            HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))),
-        );
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
-        headers.insert(
-            HeaderName::from_static("x-hooktrail-attempt"),
-            HeaderValue::from(request.attempt),
-        );
-        if request.replay {
-            headers.insert(
-                HeaderName::from_static("x-hooktrail-replay"),
-                HeaderValue::from_static("true"),
-            );
-        }
-        for (name, value) in
-            self.signer.headers(request.batch_id.as_str(), clock::unix_seconds(now), &request.body)
-        {
-            let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
-            headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
-        }
-        Ok(headers)
+        headers(self.own_headers.clone(), &self.signer, request, now)
     }
+}
+
+/// The headers that a request of a subscriber would have now, in their order; the value of a secret
+/// one is `None`. Those of the connection come with it: `host`, `content-length`, `accept`.
+///
+/// # Errors
+/// A header cannot be sent.
+pub fn example_headers(
+    subscriber: &Subscriber,
+    request: &Request,
+) -> Result<Vec<(String, Option<String>)>, String> {
+    let own = own_headers(subscriber)?;
+    headers(own, &subscriber.signer, request, clock::now()).map(|headers| shown(&headers))
+}
+
+fn headers(
+    mut headers: HeaderMap,
+    signer: &Signer,
+    request: &Request,
+    now: SystemTime,
+) -> Result<HeaderMap, String> {
+    headers.insert(
+        USER_AGENT,
+        HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))),
+    );
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
+    headers
+        .insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
+    if request.replay {
+        headers.insert(
+            HeaderName::from_static("x-hooktrail-replay"),
+            HeaderValue::from_static("true"),
+        );
+    }
+    for (name, value) in
+        signer.headers(request.batch_id.as_str(), clock::unix_seconds(now), &request.body)
+    {
+        let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
+        headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
+    }
+    Ok(headers)
+}
+
+/// Headers without the values of secret ones.
+fn shown(headers: &HeaderMap) -> Vec<(String, Option<String>)> {
+    let shown = |(name, value): (&HeaderName, &HeaderValue)| {
+        let value =
+            if value.is_sensitive() { None } else { value.to_str().ok().map(str::to_owned) };
+        (name.to_string(), value)
+    };
+    headers.iter().map(shown).collect()
 }
 
 /// The headers of every request of a subscriber. They are marked as sensitive, so that they are not

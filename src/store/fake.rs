@@ -14,7 +14,7 @@ use super::{
     EventFilter, EventNumber, EventRow, Extent, Gap, Introduced, KeptSubscriber, KeptSubscribers,
     MAX_RUNNING, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay,
     ReplayChange, ReplayState, RequestKey, Stamp, Store, StoreError, StoreState, StoredSubscriber,
-    Subscription, WithEvent, subscriber::next_version,
+    Subscription, TypeCounts, WithEvent, subscriber::next_version,
 };
 use crate::{
     crypto::secret::Secret,
@@ -226,6 +226,17 @@ impl Store for FakeStore {
                 *count += 1;
             }
         }
+        Ok(counts)
+    }
+
+    async fn count_by_type(
+        &self,
+        since: SystemTime,
+        _: Duration,
+    ) -> Result<TypeCounts, StoreError> {
+        let mut counts = TypeCounts::default();
+        let memory = self.open()?;
+        memory.events.iter().filter(|e| e.at >= since).for_each(|e| counts.add(&e.event_type));
         Ok(counts)
     }
 

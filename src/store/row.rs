@@ -1,6 +1,6 @@
 //! Events as history has them, and what an answer says of what it lacks.
 
-use std::{fmt, time::SystemTime};
+use std::{collections::BTreeMap, fmt, time::SystemTime};
 
 use bytes::Bytes;
 
@@ -95,6 +95,32 @@ pub struct EventCounts {
     pub hours: Vec<u64>,
     /// The time, from and until, of which not all events are counted.
     pub uncounted: Option<(SystemTime, SystemTime)>,
+}
+
+/// How many events each type has.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TypeCounts {
+    pub types: BTreeMap<String, u64>,
+    /// Events of further types: producers choose them, and no more than [`MAX_TYPES`](Self::MAX_TYPES)
+    /// are told apart.
+    pub others: u64,
+    /// Events from before this time are not counted: the time for it was over.
+    pub counted_back_to: Option<SystemTime>,
+}
+
+impl TypeCounts {
+    /// The most types that are told apart.
+    pub const MAX_TYPES: usize = 1000;
+
+    pub(super) fn add(&mut self, event_type: &str) {
+        if let Some(count) = self.types.get_mut(event_type) {
+            *count += 1;
+        } else if self.types.len() < Self::MAX_TYPES {
+            self.types.insert(event_type.to_owned(), 1);
+        } else {
+            self.others += 1;
+        }
+    }
 }
 
 /// A time of which history may lack something.

@@ -52,7 +52,8 @@ use super::{
     Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventCounts,
     EventFilter, EventNumber, EventRow, Extent, Gap, HistoryState, Introduced, KeptSubscribers,
     MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded,
-    Replay, ReplayChange, RequestKey, Store, StoreError, StoreState, Subscription, WithEvent,
+    Replay, ReplayChange, RequestKey, Store, StoreError, StoreState, Subscription, TypeCounts,
+    WithEvent,
 };
 use crate::{
     clock,
@@ -323,6 +324,21 @@ impl Store for SqliteStore {
             let deadline = clock::instant() + time;
             let search = Search { filter, before: None, limit: usize::MAX, deadline, horizon };
             search::count(db, source, &search, millis(since), hours)
+        };
+        self.read(By::Looker, count).await
+    }
+
+    async fn count_by_type(
+        &self,
+        since: SystemTime,
+        time: Duration,
+    ) -> Result<TypeCounts, StoreError> {
+        let horizon = self.horizon();
+        let filter = EventFilter { since: Some(since), ..EventFilter::default() };
+        let count = move |db: &Connection, source: &mut Source<'_>| {
+            let deadline = clock::instant() + time;
+            let search = Search { filter, before: None, limit: usize::MAX, deadline, horizon };
+            search::count_types(db, source, &search)
         };
         self.read(By::Looker, count).await
     }

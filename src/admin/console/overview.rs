@@ -4,6 +4,7 @@ use axum::response::Response;
 use maud::{Markup, html};
 
 use super::{
+    chart,
     page::{Page, Place, Tone, lines, number, path_to, query, short, state, text, time},
     session::Session,
     table::{
@@ -13,13 +14,19 @@ use super::{
 };
 use crate::{
     admin::view::{Lane, Overview, State, Subscriber, words},
+    telemetry::status::LastHour,
     wording::counted,
 };
 
 /// Seconds between two refreshes of the page.
 const REFRESH: u32 = 5;
 
-pub(super) fn answer(session: &Session, found: &Overview) -> Response {
+/// The page; `hour` is a subscriber's last hour by its name.
+pub(super) fn answer(
+    session: &Session,
+    found: &Overview,
+    hour: impl Fn(&str) -> LastHour,
+) -> Response {
     let page = Page {
         session,
         place: Place::Overview,
@@ -37,7 +44,7 @@ pub(super) fn answer(session: &Session, found: &Overview) -> Response {
                         p { "Add a " code { "[[subscriber]]" } " to " code { (text(&found.config.file)) } ", then run " code { "hooktrail reload" } "." }
                     }
                 } @else {
-                    (rows(&found.subscribers))
+                    (rows(&found.subscribers, &hour))
                 }
             }
             (removed(found))
@@ -84,9 +91,10 @@ fn banners(found: &Overview) -> Markup {
     }
 }
 
-const COLUMNS: [Column; 9] = [
+const COLUMNS: [Column; 10] = [
     Text("Subscriber"),
     Text("State"),
+    Text("Last hour"),
     Number("Backlog"),
     Number("Oldest"),
     Number("Retrying"),
@@ -96,18 +104,19 @@ const COLUMNS: [Column; 9] = [
     Text("Last delivered"),
 ];
 
-fn rows(subscribers: &[Subscriber]) -> Markup {
+fn rows(subscribers: &[Subscriber], hour: &impl Fn(&str) -> LastHour) -> Markup {
     html! {
-        (table("Subscribers", &COLUMNS, html! { @for s in subscribers { (row(s)) } }))
+        (table("Subscribers", &COLUMNS, html! { @for s in subscribers { (row(s, &hour(&s.subscriber))) } }))
     }
 }
 
-fn row(s: &Subscriber) -> Markup {
+fn row(s: &Subscriber, hour: &LastHour) -> Markup {
     let name = s.subscriber.as_str();
     html! {
         tr {
             th scope="row" { a href=(path_to(Place::Webhooks.path(), name)) { (text(name)) } }
             td.wide { (state_of(s)) }
+            td { (chart::spark(hour)) }
             @match &s.lane {
                 None => td colspan="7" {},
                 Some(lane) => (figures(name, lane)),

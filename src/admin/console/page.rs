@@ -239,6 +239,11 @@ pub(super) fn party(party: &Party, link: Option<(&str, &str)>) -> Markup {
     }
 }
 
+/// A button that copies the text of an element. The module shows it: without scripts it does nothing.
+pub(super) fn copy(of: &str) -> Markup {
+    html! { button type="button" data-copy=(of) hidden { "Copy" } }
+}
+
 /// A path with a query, or with more of one.
 pub(super) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
     let pairs = pairs.iter().filter(|(_, value)| !value.is_empty());

@@ -2,6 +2,7 @@
 //! of the API, and what is wrong with it stands beside the field.
 
 mod document;
+mod preview;
 mod sheet;
 
 use std::sync::Arc;
@@ -19,13 +20,14 @@ use url::Url;
 
 use self::{
     document::{VERSION, document, filled, patch},
+    preview::Preview,
     sheet::Sheet,
 };
 use super::{
     actions::{self, good, not_done, waits},
     entry::{Console, MayChange, Posted, This},
     form::Form,
-    page::{Page, Place, form_key, number, path_to, text, time},
+    page::{Page, Place, copy, form_key, number, path_to, text, time},
     session::Session,
 };
 use crate::{
@@ -35,7 +37,8 @@ use crate::{
         subscribers::{Backlog, Draft},
         versions::Expected,
         view::{
-            NewSecret, Origin, ProblemKind, RotateSecret, SubscriberChange, SubscriberDetails, Time,
+            NewSecret, Origin, ProblemKind, RotateSecret, SubscriberChange, SubscriberDetails,
+            Tested, Time,
         },
     },
     queue::Queue,
@@ -52,6 +55,11 @@ pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
         .route("/console/new-webhook/test", post(test_new::<Q, S>).get(to_new::<Q, S>))
         .route("/console/webhooks/{name}/edit", get(ask_edit::<Q, S>).post(edit::<Q, S>))
         .route("/console/webhooks/{name}/edit/test", post(test_edit::<Q, S>).get(ask_edit::<Q, S>))
+        .route("/console/new-webhook/preview", post(preview_new::<Q, S>).get(to_new::<Q, S>))
+        .route(
+            "/console/webhooks/{name}/edit/preview",
+            post(preview_edit::<Q, S>).get(ask_edit::<Q, S>),
+        )
         .route("/console/webhooks/{name}/secret", get(ask_secret::<Q, S>).post(rotate::<Q, S>))
         .route("/console/webhooks/{name}/remove", get(ask_removal::<Q, S>).post(remove::<Q, S>))
 }
@@ -63,7 +71,27 @@ async fn ask_new<Q: Queue, S: Store>(
     if let Err(refusal) = console.control.may_manage() {
         return not_done(&session, Place::Webhooks, &refusal, Place::Webhooks.path());
     }
-    Sheet { session: &session, name: None, form: &Form::default(), came: None }.answer()
+    sheet(&console, &session, None, &Form::default(), None).await
+}
+
+/// The page with a form, and with what came of it.
+async fn sheet<Q: Queue, S: Store>(
+    console: &Console<Q, S>,
+    session: &Session,
+    name: Option<&str>,
+    form: &Form,
+    came: Option<Result<Tested, Refusal>>,
+) -> Response {
+    let preview = Preview::of(console, draft(name, form)).await;
+    Sheet { session, name, form, came, is_kept: false, preview }.answer()
+}
+
+/// The webhook that a form describes.
+fn draft(name: Option<&str>, form: &Form) -> Draft {
+    match name {
+        None => Draft::New(document(form)),
+        Some(name) => Draft::Change(name.to_owned(), patch(form)),
+    }
 }
 
 /// The address of a form that was loaded instead of sent.
@@ -77,9 +105,7 @@ async fn add<Q: Queue, S: Store>(
 ) -> Response {
     match console.control.add(&session.caller, document(&form)).await {
         Ok(change) => changed(&console, &session, change, "The webhook is made."),
-        Err(refusal) => {
-            Sheet { session: &session, name: None, form: &form, came: Some(Err(refusal)) }.answer()
-        }
+        Err(refusal) => sheet(&console, &session, None, &form, Some(Err(refusal))).await,
     }
 }
 
@@ -87,8 +113,7 @@ async fn test_new<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     Posted { session, form }: Posted,
 ) -> Response {
-    let draft = Draft::New(document(&form));
-    tested(console, session, None, form, draft).await
+    tested(console, session, None, form).await
 }
 
 async fn test_edit<Q: Queue, S: Store>(
@@ -100,8 +125,25 @@ async fn test_edit<Q: Queue, S: Store>(
         Ok(Name(name)) => name,
         Err(refusal) => return no_such(&session, &refusal),
     };
-    let draft = Draft::Change(name.clone(), patch(&form));
-    tested(console, session, Some(name), form, draft).await
+    tested(console, session, Some(name), form).await
+}
+
+async fn preview_new<Q: Queue, S: Store>(
+    State(console): This<Q, S>,
+    Posted { session, form }: Posted,
+) -> Response {
+    sheet(&console, &session, None, &form, None).await
+}
+
+async fn preview_edit<Q: Queue, S: Store>(
+    State(console): This<Q, S>,
+    name: Result<Name, Refusal>,
+    Posted { session, form }: Posted,
+) -> Response {
+    match name {
+        Ok(Name(name)) => sheet(&console, &session, Some(&name), &form, None).await,
+        Err(refusal) => no_such(&session, &refusal),
+    }
 }
 
 async fn tested<Q: Queue, S: Store>(
@@ -109,19 +151,18 @@ async fn tested<Q: Queue, S: Store>(
     session: Session,
     name: Option<String>,
     form: Form,
-    draft: Draft,
 ) -> Response {
     let ending = console.clone();
     // The browser may leave in the middle: what was sent is recorded.
     let work = async move {
-        let came = console.control.test_draft(draft).await;
+        let came = console.control.test_draft(draft(name.as_deref(), &form)).await;
         if let Ok(tested) = &came {
             // Where it went: an endpoint that was typed gets the headers that are stored.
             let to = tested.url.parse::<Url>().map(|url| url.origin().ascii_serialization());
             let details = format!("not saved, to {}", to.unwrap_or_default());
             console.record(&session, "test", tested.subscriber.clone(), details);
         }
-        Sheet { session: &session, name: name.as_deref(), form: &form, came: Some(came) }.answer()
+        sheet(&console, &session, name.as_deref(), &form, Some(came)).await
     };
     ending.to_its_end(work).await
 }
@@ -158,8 +199,7 @@ async fn ask_edit<Q: Queue, S: Store>(
     match known(&console, &session, name).await {
         Ok((found, document, version)) => {
             let form = filled(&document, &version);
-            let name = Some(found.status.subscriber.as_str());
-            Sheet { session: &session, name, form: &form, came: None }.answer()
+            sheet(&console, &session, Some(&found.status.subscriber), &form, None).await
         }
         Err(refusal) => no_such(&session, &refusal),
     }
@@ -182,11 +222,7 @@ async fn edit<Q: Queue, S: Store>(
     let caller = &session.caller;
     match console.control.patch(caller, &name, expected(&form), patch(&form)).await {
         Ok(change) => changed(&console, &session, change, "Saved."),
-        Err(refusal) if refusal.status == StatusCode::NOT_FOUND => no_such(&session, &refusal),
-        Err(refusal) => {
-            let came = Some(Err(refusal));
-            Sheet { session: &session, name: Some(&name), form: &form, came }.answer()
-        }
+        Err(refusal) => sheet(&console, &session, Some(&name), &form, Some(Err(refusal))).await,
     }
 }
 
@@ -226,7 +262,8 @@ fn told_once(
         section.card.pad {
             h2 { "Its signing secret" }
             p { strong { "Copy it now: it is not shown again." } " The receiver verifies each request with it." }
-            pre tabindex="0" aria-label="Signing secret" { (secret.expose()) }
+            pre id="secret" tabindex="0" aria-label="Signing secret" { (secret.expose()) }
+            p { (copy("secret")) }
             @if let Some(until) = overlap_until { p { "The secret before it signs too, until " (time(until)) ". Give the receiver the new one by then." } }
             p { a.button href=(to) { "To the webhook" } }
         }

@@ -23,6 +23,7 @@ use crate::{
     },
     crypto::{secret::SecretUrl, signature::new_secret},
     delivery::{Pause, PauseState, SubscriberName},
+    endpoint::test_event::{self, Example},
     policy::retry::Backoff,
     queue::{Queue, Sharing},
     store::{NewOperation, Store},
@@ -47,6 +48,30 @@ pub(in crate::admin) enum Draft {
     New(Document),
     /// A merge patch of the one of this name.
     Change(String, Document),
+}
+
+/// The keys that decide what a request looks like.
+const OF_REQUESTS: [&str; 7] =
+    ["preset", "format", "event_ids", "signatures", "secrets", "headers", "auth"];
+
+/// The signing secret of an example for which none was typed. Nobody's requests are signed with it.
+pub(in crate::admin) const PLACEHOLDER: &str = "whsec_aG9va3RyYWlsOiBhIHBsYWNlaG9sZGVyIHNlY3JldC4=";
+
+/// A request that a test would make, and with which secret it is signed.
+pub(in crate::admin) struct Sample {
+    pub(in crate::admin) request: Example,
+    pub(in crate::admin) signed: Signed,
+}
+
+/// The secret that an example is signed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::admin) enum Signed {
+    /// It is not signed.
+    Not,
+    /// With the secret of the draft.
+    Given,
+    /// With the [`PLACEHOLDER`].
+    Placeholder,
 }
 
 /// The time for which a replaced secret signs on, and the longest.
@@ -190,6 +215,46 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             editing.check(&document).map_err(not_valid)?
         };
         self.send_test_event(&subscriber).await
+    }
+
+    /// The request that a test of a draft would make, as far as the draft is valid. Its name and its
+    /// URL do not matter, and a secret that is stored signs nothing.
+    pub(in crate::admin) fn sample(&self, draft: Draft) -> Result<Sample, Refusal> {
+        self.may_manage()?;
+        let (mut document, given) = match draft {
+            Draft::New(document) => {
+                let given = document.get("secrets").cloned();
+                (clean(&document)?, given)
+            }
+            Draft::Change(name, patch) => {
+                let managed = self.reloader.managed();
+                let entry = managed.get(&name).ok_or_else(no_subscriber)?;
+                (patched(&patch, entry)?, patch.get("secrets").cloned())
+            }
+        };
+        for key in document.keys().iter().filter(|key| !OF_REQUESTS.contains(&key.as_str())) {
+            document.take(key);
+        }
+        document.take("secrets");
+        document.set("name", "example".into());
+        document.set("url", "https://example.com/".into());
+        let signed = match (needs_secret(&document), given) {
+            (false, _) => Signed::Not,
+            (true, Some(given)) => {
+                document.set("secrets", given);
+                Signed::Given
+            }
+            (true, None) => {
+                document.set("secrets", json!([PLACEHOLDER]));
+                Signed::Placeholder
+            }
+        };
+        let checked =
+            config::managed::check(&self.reloader.of_files(), &[&document], clock::now()).remove(0);
+        let subscriber = checked.map_err(not_valid)?;
+        let request = test_event::example(&subscriber)
+            .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?;
+        Ok(Sample { request, signed })
     }
 
     /// Removes a subscriber.
@@ -413,11 +478,13 @@ fn place(origin: &config::Origin) -> String {
 fn entry(editing: &Editing<'_>, name: &str) -> Result<Entry, Refusal> {
     editing.entry(name).ok_or_else(|| match editing.of_file(name) {
         Some(of_file) => in_a_file(&of_file.origin),
-        None => {
-            let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
-            Refusal::of_kind(status, kind, "no subscriber of that name is configured")
-        }
+        None => no_subscriber(),
     })
+}
+
+fn no_subscriber() -> Refusal {
+    let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
+    Refusal::of_kind(status, kind, "no subscriber of that name is configured")
 }
 
 /// The version of a subscriber, if it is one that the request takes.

@@ -14,7 +14,9 @@ use super::{
 use crate::{
     clock,
     event::Pattern,
-    store::{By, EventCounts, EventFilter, EventNumber, EventRow, MAX_ROWS, Page, words},
+    store::{
+        By, EventCounts, EventFilter, EventNumber, EventRow, MAX_ROWS, Page, TypeCounts, words,
+    },
 };
 
 /// What is asked for.
@@ -32,7 +34,7 @@ pub(super) struct Search {
 struct Hunt<'s> {
     search: &'s Search,
     /// What is found is counted, and not kept.
-    counter: Option<&'s mut dyn FnMut(i64)>,
+    counter: Option<&'s mut dyn FnMut(i64, &str)>,
     /// Unix milliseconds: from, and before.
     times: (i64, i64),
     found: Vec<EventRow>,
@@ -50,7 +52,7 @@ pub(super) fn count(
     hours: usize,
 ) -> Result<EventCounts, Fault> {
     let mut counts = EventCounts { hours: vec![0; hours], uncounted: None };
-    let mut counter = |at: i64| {
+    let mut counter = |at: i64, _: &str| {
         let hour = usize::try_from(at.saturating_sub(since) / HOUR).ok();
         if let Some(count) = hour.and_then(|hour| counts.hours.get_mut(hour)) {
             *count += 1;
@@ -58,6 +60,20 @@ pub(super) fn count(
     };
     let page = hunt(db, source, search, Some(&mut counter))?;
     counts.uncounted = page.searched_back_to.map(|at| (time(since), at));
+    Ok(counts)
+}
+
+/// Counts the events of a time by their types.
+pub(super) fn count_types(
+    db: &Connection,
+    source: &mut Source<'_>,
+    search: &Search,
+) -> Result<TypeCounts, Fault> {
+    let mut counts = TypeCounts::default();
+    let page = hunt(db, source, search, Some(&mut |_, event_type| counts.add(event_type)))?;
+    // A chunk has older events too.
+    let since = search.filter.since;
+    counts.counted_back_to = page.searched_back_to.filter(|at| Some(*at) > since);
     Ok(counts)
 }
 
@@ -74,7 +90,7 @@ fn hunt<'s>(
     db: &Connection,
     source: &mut Source<'_>,
     search: &'s Search,
-    counter: Option<&'s mut dyn FnMut(i64)>,
+    counter: Option<&'s mut dyn FnMut(i64, &str)>,
 ) -> Result<Page<EventRow>, Fault> {
     let filter = &search.filter;
     let ends = Page { rows: Vec::new(), next: None, searched_back_to: None };
@@ -152,11 +168,11 @@ impl Hunt<'_> {
         if may_be {
             match &mut self.counter {
                 Some(count) if filter.is_of_type_and_time() && filter.is_within(time(at)) => {
-                    count(at);
+                    count(at, found.event_type()?);
                 }
                 Some(count) => {
                     if filter.selects(&found.to_row()?) {
-                        count(at);
+                        count(at, found.event_type()?);
                     }
                 }
                 None => {

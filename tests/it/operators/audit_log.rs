@@ -168,6 +168,11 @@ fn the_audit_log_shows_its_day_by_the_hour_and_each_number_leads_to_its_events()
             browser.get("/console/webhooks").await.text.contains("in failed attempts</title>")
         })
         .await;
+        let all = browser.page("/console/").await;
+        assert!(
+            all.contains("Last hour</th>") && all.contains("in failed attempts</title>"),
+            "{all}"
+        );
         let one = browser.page("/console/webhooks/siem").await;
         assert!(one.contains("<svg class=\"spark\"") && one.contains("Minutes ago"), "{one}");
     });

@@ -230,3 +230,118 @@ fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept(
         assert!(!browser.page("/console/webhooks").await.contains("/webhooks/siem"));
     });
 }
+
+/// The text of an element that is named by its label.
+fn labelled(page: &str, label: &str) -> String {
+    let (_, rest) = page.split_once(&format!("aria-label=\"{label}\">")).expect(label);
+    let text = rest.split('<').next().expect("its text");
+    text.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+}
+
+#[test]
+fn a_form_shows_the_types_that_it_matches_and_an_example_and_sends_nothing() {
+    run(async {
+        let (receiver, api, queue) = (Receiver::accepting().await, Api::new(), Queue::embedded());
+        let setup = Setup::new(&queue, &managing(&api));
+        let _daemon = setup.start().await;
+        queue.publish("user.created", (0..3).map(event)).await;
+        queue.publish("order.paid", (3..5).map(event)).await;
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        eventually("history has all", async || {
+            browser.page("/console/new-webhook").await.contains("<strong>5 fit</strong>: 2 types")
+        })
+        .await;
+        let page = browser.page("/console/new-webhook").await;
+        let own = key(&page);
+        // Its bytes, and a signature that the placeholder's owner can verify.
+        let (headers, body) =
+            (labelled(&page, "Headers of the example"), labelled(&page, "Body of the example"));
+        assert!(body.starts_with("{\"events\":[{") && body.ends_with("}]}"), "{body}");
+        let placeholder = "whsec_aG9va3RyYWlsOiBhIHBsYWNlaG9sZGVyIHNlY3JldC4=";
+        assert!(page.contains(placeholder), "it says what it is signed with: {page}");
+        verify(placeholder, &headers, &body);
+
+        let form = [
+            ("form_key", own.as_str()),
+            ("name", "siem"),
+            ("url", receiver.url.as_str()),
+            ("format", "jsonl"),
+            ("events", "user.*\nnever.#"),
+            ("signature", "standard-webhooks"),
+            ("secret", TYPED),
+        ];
+        let preview = "/console/new-webhook/preview";
+        let seen = browser.post(preview, &form, &[]).await;
+        assert_eq!(seen.status, 200, "{}", seen.text);
+        assert_inert(&seen.text, preview);
+        for part in [
+            "<strong>3 fit</strong>: 1 type of 2",
+            "type=user.created",
+            "Types that do not match",
+            "Signed with the secret in the form.",
+            "user.*\nnever.#</textarea>",
+        ] {
+            assert!(seen.text.contains(part), "{part}: {}", seen.text);
+        }
+        assert!(!seen.text.contains(TYPED), "a secret is not shown again");
+        let (headers, body) = (
+            labelled(&seen.text, "Headers of the example"),
+            labelled(&seen.text, "Body of the example"),
+        );
+        assert!(headers.contains("content-type: application/jsonl") && body.ends_with("}\n"));
+        verify(TYPED, &headers, &body);
+
+        let with = |field: &'static str, value: &'static str| {
+            form.map(|(name, was)| if name == field { (name, value) } else { (name, was) })
+        };
+        for (form, part) in [
+            (with("events", "user.*\na*"), "Pattern 2: `a*` mixes a wildcard"),
+            (with("signature", "none"), "It is not signed."),
+            (with("secret", "short"), "There is none while the form has a mistake: secrets"),
+            // Whatever is wrong elsewhere.
+            (with("url", "nowhere"), "Signed with the secret in the form."),
+        ] {
+            let seen = browser.post(preview, &form, &[]).await;
+            assert!(seen.status == 200 && seen.text.contains(part), "{part}: {}", seen.text);
+        }
+        // A form that was loaded instead of sent.
+        assert!(browser.page(preview).await.contains("New webhook"));
+        assert_eq!(receiver.requests().len(), 0, "nothing was sent");
+
+        // One that is removed while its form is open: what was typed stays.
+        assert_eq!(send(&browser, "/console/new-webhook", &form).await.status, 303);
+        let edit = browser.page("/console/webhooks/siem/edit").await;
+        assert!(edit.contains("application/jsonl") && edit.contains(placeholder), "{edit}");
+        let (version, own) = (field(&edit, "version"), key(&edit));
+        let removal =
+            [("form_key", own.as_str()), ("version", version.as_str()), ("backlog", "drop")];
+        let seen = browser.post("/console/webhooks/siem/remove", &removal, &[]).await;
+        assert_eq!(seen.status, 303, "{}", seen.text);
+        let late = [
+            ("form_key", own.as_str()),
+            ("version", version.as_str()),
+            ("url", "https://late.example/"),
+            ("format", "json"),
+        ];
+        for path in ["edit", "edit/test", "edit/preview"] {
+            let path = format!("/console/webhooks/siem/{path}");
+            let seen = browser.post(&path, &late, &[]).await;
+            assert!(seen.text.contains("value=\"https://late.example/\""), "{path}: {}", seen.text);
+            let is_said = seen.text.contains("was removed meanwhile") && seen.status == 404;
+            assert!(is_said || path.ends_with("preview"), "{path}: {}", seen.text);
+        }
+    });
+}
+
+/// A signing secret that was typed.
+const TYPED: &str = "whsec_bWluZQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
+/// Verifies the example as a receiver would.
+fn verify(secret: &str, headers: &str, body: &str) {
+    let header =
+        |name: &str| headers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let now: u64 = header("webhook-timestamp").expect("a time").parse().expect("a number");
+    let secret = hooktrail::crypto::secret::Secret::new(secret);
+    let verified = hooktrail::crypto::signature::verify(&secret, header, body.as_bytes(), now);
+    assert!(verified.is_ok(), "{headers}\n{body}");
+}

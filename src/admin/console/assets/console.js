@@ -1,5 +1,5 @@
-// Everything works without this module. It tells how long ago a time was when the pointer is on it, and refreshes a page that is
-// looked at.
+// Everything works without this module. It tells how long ago a time was when the pointer is on it, refreshes a page that is
+// looked at, copies, and shows what a form would do while it is filled in.
 
 const UNITS = [[86400, 'day'], [3600, 'hour'], [60, 'minute'], [1, 'second']];
 const words = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'short' });
@@ -72,3 +72,56 @@ function poll() {
 }
 
 poll();
+
+/** The element that a button of its own copies; where the browser allows that, the button is shown. */
+function showCopies(within) {
+  if (!navigator.clipboard) return;
+  for (const button of within.querySelectorAll('button[data-copy]')) button.hidden = false;
+}
+
+document.addEventListener('click', async ({ target }) => {
+  const button = target.closest?.('button[data-copy]');
+  if (!button) return;
+  try {
+    await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
+    button.textContent = 'Copied';
+  } catch {
+    button.textContent = 'Not allowed here';
+  }
+  setTimeout(() => { button.textContent = 'Copy'; }, 2000);
+});
+
+/** The parts that show what a form would do, as an answer has them. */
+function preview(next) {
+  for (const part of document.querySelectorAll('[data-preview]')) {
+    const found = next.getElementById(part.id);
+    if (!found || part.contains(document.activeElement)) continue;
+    const open = [...part.querySelectorAll('details')].map((details) => details.open);
+    part.replaceChildren(...found.childNodes);
+    part.querySelectorAll('details').forEach((details, n) => { details.open = open[n] ?? false; });
+    showCopies(part);
+  }
+}
+
+/** Shows what a form would do while it is filled in, half a second after the last letter. */
+function previewWhileTyping(form) {
+  let asked = new AbortController();
+  form.addEventListener('input', () => {
+    asked.abort();
+    asked = new AbortController();
+    const { signal } = asked;
+    setTimeout(async () => {
+      if (signal.aborted) return;
+      try {
+        const body = new URLSearchParams(new FormData(form));
+        const answer = await fetch(form.dataset.previews, { method: 'POST', body, signal });
+        if (answer.ok) preview(new DOMParser().parseFromString(await answer.text(), 'text/html'));
+      } catch {
+        // It was typed on, or the daemon is away: the button says so.
+      }
+    }, 500);
+  });
+}
+
+showCopies(document);
+document.querySelectorAll('form[data-previews]').forEach(previewWhileTyping);

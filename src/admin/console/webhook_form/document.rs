@@ -80,7 +80,7 @@ pub(super) fn patch(form: &Form) -> Document {
     patch
 }
 
-fn patterns(form: &Form) -> Vec<String> {
+pub(super) fn patterns(form: &Form) -> Vec<String> {
     let apart = |c: char| c == ',' || c.is_whitespace();
     form.get("events").split(apart).filter(|p| !p.is_empty()).map(str::to_owned).collect()
 }

@@ -9,6 +9,7 @@ use url::Url;
 use super::{
     NEW,
     document::{AS_IT_IS, FIELDS, SIGNATURES, VERSION, of_form},
+    preview::Preview,
 };
 use crate::admin::{
     answer::Refusal,
@@ -29,11 +30,14 @@ pub(super) struct Sheet<'a> {
     pub(super) form: &'a Form,
     /// What came of the last request: a test, or why it was not done.
     pub(super) came: Option<Result<Tested, Refusal>>,
+    /// The form was kept while its browser was signed out.
+    pub(super) is_kept: bool,
+    pub(super) preview: Preview,
 }
 
 impl Sheet<'_> {
     pub(super) fn answer(self) -> Response {
-        let Self { session, name, form, came } = self;
+        let Self { session, name, form, came, is_kept, preview } = self;
         let came = came.map(|came| came.map_err(of_form));
         let refusal = came.as_ref().and_then(|came| came.as_ref().err());
         let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
@@ -46,9 +50,12 @@ impl Sheet<'_> {
         page.answer_with(status, html! {
             div.head { h1 { (text(&title)) } }
             @if let Some(refusal) = refusal { (problem(refusal, name)) }
+            @if is_kept {
+                div.note.warn role="status" { p { strong { "You were signed out meanwhile, and nothing was sent." } " What you typed is here again, but for a signing secret and a password in the URL: type those again." } }
+            }
             div.sheet {
                 section.card.pad aria-label="Configuration" {
-                    form.deed id="webhook" method="post" action=(to) {
+                    form.deed id="webhook" method="post" action=(to) data-previews=(format!("{to}/preview")) {
                         (form_key(session))
                         @if name.is_some() { input type="hidden" name=(VERSION) value=(form.get(VERSION)); }
                         (fields(form, name, &Mistakes(refusal)))
@@ -58,12 +65,23 @@ impl Sheet<'_> {
                         }
                     }
                 }
-                section.card.pad aria-labelledby="try" {
-                    h2 id="try" { "Test your integration" }
-                    p { "One event " code { "hooktrail.test" } " goes to the URL as it is in the form, nothing is saved. Here stands what was sent, byte for byte, and what came back." }
-                    p.muted.small { "Without a secret in the form, " @if name.is_some() { "it is signed with the one in use." } @else { "it is signed with one made for the test." } }
-                    div.deeds { button form="webhook" formaction=(format!("{to}/test")) { "Run Test" } }
-                    @if let Some(Ok(tested)) = &came { (report(tested)) }
+                div.beside {
+                    section.card.pad aria-labelledby="match" {
+                        h2 id="match" { "What the patterns match" }
+                        (preview.matches(form))
+                        div.deeds { button form="webhook" formaction=(format!("{to}/preview")) { "Show matches" } }
+                    }
+                    section.card.pad aria-labelledby="try" {
+                        h2 id="try" { "Test your integration" }
+                        p { "One event " code { "hooktrail.test" } " goes to the URL as it is in the form, nothing is saved. Here stands what was sent, byte for byte, and what came back." }
+                        p.muted.small { "Without a secret in the form, " @if name.is_some() { "it is signed with the one in use." } @else { "it is signed with one made for the test." } }
+                        div.deeds { button form="webhook" formaction=(format!("{to}/test")) { "Run Test" } }
+                        @if let Some(Ok(tested)) = &came { (report(tested)) }
+                    }
+                    section.card.pad aria-labelledby="sample" {
+                        h2 id="sample" { "An example of the payload" }
+                        (preview.example())
+                    }
                 }
             }
         })
@@ -77,6 +95,10 @@ fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
     html! {
         div.note.bad role="alert" {
             @match (refusal.kind, name) {
+                (ProblemKind::Subscriber, Some(_)) => {
+                    p { strong { "This webhook was removed meanwhile." } " Nothing was saved, and what you typed is still below. "
+                        a href=(NEW) { "New webhook" } " makes another one." }
+                }
                 (ProblemKind::Version, Some(name)) => {
                     p { strong { "Somebody else has changed it meanwhile." } " Nothing was overwritten, and what you typed is still below. "
                         a href=(actions::path(name, "edit")) { "Show how it is now" } "." }

@@ -84,3 +84,36 @@ async fn what_was_added_before_hours_were_counted_or_has_too_many_is_said_not_to
     let later = counted(&store, &all, first + HOUR, 2).await;
     assert_eq!(later.uncounted, None, "what is not counted is of another time");
 }
+
+#[tokio::test]
+async fn events_of_a_time_are_counted_by_their_types_as_far_as_that_can_be_done() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let since = this_hour();
+    // Over several chunks; every other one is too old.
+    for n in 0..10 {
+        let when = |n: u32| since + HOUR / 2 - HOUR * (n % 2);
+        let events = (n * 5..n * 5 + 5).map(|n| at(n, when(n))).collect();
+        store.append(events).await.expect("appends");
+    }
+    let counts = store.count_by_type(since, LONG).await.expect("counts");
+    let of_type = |of: u32| (0..50).filter(|n| n % 2 == 0 && n % 3 == of).count() as u64;
+    let expected = (0..3_u32).map(|of| (format!("type.{of}"), of_type(of))).collect();
+    assert_eq!(counts, TypeCounts { types: expected, others: 0, counted_back_to: None });
+
+    let none = store.count_by_type(since, Duration::ZERO).await.expect("counts");
+    assert!(none.counted_back_to.is_some_and(|at| at > since), "{none:?}");
+    assert!(none.types.values().sum::<u64>() <= 1, "{none:?}");
+}
+
+#[test]
+fn of_endless_types_no_more_than_a_thousand_are_told_apart() {
+    let mut counts = TypeCounts::default();
+    for n in 0..3 * TypeCounts::MAX_TYPES {
+        counts.add(&format!("type.{n}"));
+        counts.add("type.0");
+    }
+    assert_eq!(counts.types.len(), TypeCounts::MAX_TYPES);
+    assert_eq!(counts.types["type.0"], 3 * TypeCounts::MAX_TYPES as u64 + 1);
+    assert_eq!(counts.others, 2 * TypeCounts::MAX_TYPES as u64);
+}
