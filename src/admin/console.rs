@@ -39,10 +39,10 @@ use axum::{
 
 pub(super) use self::entry::Console;
 use self::{
-    entry::{SignedIn, This, changing, not_taken, of_public_host, posted},
+    entry::{MAX_SIGN_IN, SignedIn, This, changing, not_taken, of_public_host, posted},
     form::Form,
     page::{Page, Place},
-    sign_in::{Doorman, Said},
+    sign_in::{Doorman, Onward, Said},
 };
 use super::{
     answer::{Refusal, header_text},
@@ -189,7 +189,7 @@ async fn ask<Q: Queue, S: Store>(
     match session {
         Ok(_) => Redirect::to(Place::Overview.path()).into_response(),
         Err(_) if console.tokens.is_empty() => sign_in::needs_a_token(),
-        Err(_) => sign_in::page(Said::Nothing, ""),
+        Err(_) => sign_in::page(Said::Nothing, &Onward::page("")),
     }
 }
 
@@ -202,19 +202,19 @@ async fn sign_in<Q: Queue, S: Store>(
     if console.tokens.is_empty() {
         return sign_in::needs_a_token();
     }
-    let form = match posted(body).await {
+    let form = match posted(body, MAX_SIGN_IN).await {
         Ok(form) => form,
         Err(refusal) => return not_taken(&refusal),
     };
-    let to = form.get("to");
     if from_elsewhere(&headers, &console.tokens).is_some() {
-        return sign_in::page(Said::Elsewhere, to);
+        return sign_in::page(Said::Elsewhere, &Onward::page(form.get("to")));
     }
+    let onward = Onward::carried(&form);
     let Some(token) = console.tokens.known(form.get("token")) else {
-        return wrong_token(&console.doorman, address, to).await;
+        return wrong_token(&console.doorman, address, &onward).await;
     };
     if !token.role.may(Role::Read) {
-        return sign_in::page(Said::MayNotLook, to);
+        return sign_in::page(Said::MayNotLook, &onward);
     }
     // A proxy before this listener has the TLS; the browser names the scheme that it sees.
     let over_tls = header_text(&headers, header::ORIGIN).starts_with("https://");
@@ -223,12 +223,17 @@ async fn sign_in<Q: Queue, S: Store>(
         None if over_tls => session::Reach::Tls,
         None => session::Reach::Any,
     };
-    moved(own_page(to), session::begin(token, reach))
+    let (session, cookie) = session::begin(token, reach);
+    let to = own_page(&onward.to);
+    if onward.typed.fields().next().is_none() {
+        return moved(to, cookie);
+    }
+    moved(&console.drafts.keep(&session, to, onward.typed), cookie)
 }
 
-async fn wrong_token(doorman: &Doorman, address: IpAddr, to: &str) -> Response {
+async fn wrong_token(doorman: &Doorman, address: IpAddr, onward: &Onward) -> Response {
     let said = if doorman.wait(address).await { Said::Wrong } else { Said::TooMany };
-    sign_in::page(said, to)
+    sign_in::page(said, onward)
 }
 
 async fn sign_out<Q: Queue, S: Store>(

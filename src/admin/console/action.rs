@@ -104,7 +104,10 @@ async fn ask<A: Asks<Q, S>, Q: Queue, S: Store>(
     name: Result<Name, Refusal>,
     uri: Uri,
 ) -> Response {
-    let of = Of::new(name, Form::whole(uri.query().unwrap_or_default()));
+    // What was typed before the session was over.
+    let draft = console.drafts.of(&session, uri.query());
+    let form = draft.unwrap_or_else(|| Form::whole(uri.query().unwrap_or_default()));
+    let of = Of::new(name, form);
     match A::ask(&console, &session, &of).await {
         Ok(ask) => ask.answer(&session, A::PLACE),
         Err(refusal) => page(&session, A::PLACE, "Not possible").refused(&refusal),

@@ -14,10 +14,10 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     form::Form,
-    notices::Notices,
+    notices::{Drafts, Notices},
     page::{self, Place},
     session::{self, Session},
-    sign_in::{self, Doorman, Said},
+    sign_in::{self, Doorman, Onward, Said},
 };
 use crate::{
     admin::{
@@ -39,6 +39,9 @@ use crate::{
 /// The longest body of a form, in bytes.
 const MAX_FORM: usize = 16 * 1024;
 
+/// The longest body of the sign-in, which carries another form along.
+pub(super) const MAX_SIGN_IN: usize = MAX_FORM + 4096;
+
 /// What the pages show and do.
 pub(in crate::admin) struct Console<Q, S> {
     pub(super) tokens: Tokens,
@@ -49,6 +52,7 @@ pub(in crate::admin) struct Console<Q, S> {
     pub(super) exporter: Arc<Exporter<S>>,
     pub(super) letters: Arc<Letters<Q>>,
     pub(super) notices: Notices,
+    pub(super) drafts: Drafts,
     store: S,
     /// Forms whose work ends even if the browser leaves.
     acting: Arc<Semaphore>,
@@ -76,9 +80,19 @@ impl<Q: Queue, S: Store> Console<Q, S> {
         letters: Arc<Letters<Q>>,
         store: S,
     ) -> Self {
-        let (doorman, notices) = (Doorman::default(), Notices::default());
-        let acting = Arc::new(Semaphore::new(MOST_TO_THEIR_END));
-        Self { tokens, doorman, control, history, again, exporter, letters, notices, store, acting }
+        Self {
+            tokens,
+            doorman: Doorman::default(),
+            control,
+            history,
+            again,
+            exporter,
+            letters,
+            notices: Notices::new("notice"),
+            drafts: Drafts::new("draft"),
+            store,
+            acting: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
+        }
     }
 
     /// Records an action as the API would, and leads the browser to the page that says what was
@@ -127,16 +141,18 @@ impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for SignedIn {
             return Err(sign_in::needs_a_token());
         }
         let is_get = parts.method == Method::GET || parts.method == Method::HEAD;
-        let to = parts.uri.path_and_query().filter(|_| is_get).map_or("", |to| to.as_str());
+        // A path that takes a form leads to its page as well.
+        let to = parts.uri.path_and_query().filter(|_| is_get);
+        let to = Onward::page(to.map_or(parts.uri.path(), |to| to.as_str()));
         let header = |name| header_text(&parts.headers, HeaderName::from_static(name));
         let is_own = matches!(header("sec-fetch-site"), "" | "none" | "same-origin");
         // Another site's page may lead here, and may not have the browser fetch a page unseen.
         if !is_own && header("sec-fetch-mode") != "navigate" {
-            return Err(sign_in::page(Said::Elsewhere, to));
+            return Err(sign_in::page(Said::Elsewhere, &to));
         }
         let said = if is_own { Said::Nothing } else { Said::FromALink };
         let found = session::of(&parts.headers, &console.tokens);
-        found.map(Self).ok_or_else(|| sign_in::page(said, to))
+        found.map(Self).ok_or_else(|| sign_in::page(said, &to))
     }
 }
 
@@ -181,10 +197,30 @@ impl<Q: Queue, S: Store> FromRequest<Arc<Console<Q, S>>> for Posted {
         console: &Arc<Console<Q, S>>,
     ) -> Result<Self, Response> {
         let (mut parts, body) = request.into_parts();
-        let MayChange(session) = MayChange::from_request_parts(&mut parts, console).await?;
+        let session = match MayChange::from_request_parts(&mut parts, console).await {
+            Ok(MayChange(session)) => session,
+            Err(refused) => return Err(kept(console, &parts, body).await.unwrap_or(refused)),
+        };
         let taken = changing(&console.tokens, &session, &parts.headers, body).await;
         taken.map(|form| Self { session, form }).map_err(|refusal| not_taken(&refusal))
     }
+}
+
+/// The page of the sign-in for a form whose session is over. It keeps what was typed, and does not
+/// send it: that is for the user to do, on the form's page.
+async fn kept<Q: Queue, S: Store>(
+    console: &Console<Q, S>,
+    parts: &Parts,
+    body: Body,
+) -> Option<Response> {
+    let is_over = session::of(&parts.headers, &console.tokens).is_none();
+    // What another site has filled in is not shown as the user's own.
+    let is_own = from_elsewhere(&parts.headers, &console.tokens).is_none();
+    if !is_over || !is_own || console.tokens.is_empty() {
+        return None;
+    }
+    let form = posted(body, MAX_FORM).await.ok()?;
+    Some(sign_in::page(Said::SignedOut, &Onward::form(parts.uri.path(), form)))
 }
 
 /// The form of a request that changes something, which one of this session's pages has sent.
@@ -194,7 +230,7 @@ pub(super) async fn changing(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Form, Refusal> {
-    let form = posted(body).await?;
+    let form = posted(body, MAX_FORM).await?;
     if let Some(why) = from_elsewhere(headers, tokens) {
         return Err(Refusal::from_elsewhere(why));
     }
@@ -204,11 +240,13 @@ pub(super) async fn changing(
     Ok(form)
 }
 
-pub(super) async fn posted(mut body: Body) -> Result<Form, Refusal> {
-    let reading = timeout(READ_TIMEOUT, body::read(&mut body, None, MAX_FORM));
+pub(super) async fn posted(mut body: Body, most: usize) -> Result<Form, Refusal> {
+    let reading = timeout(READ_TIMEOUT, body::read(&mut body, None, most));
     let read = reading.await.map_err(|_| Refusal::late())?;
     let bytes = read.map_err(|_| {
-        let why = format!("the form has more than {MAX_FORM} bytes, or ended early");
+        let why = format!(
+            "the form has more than {most} bytes, or ended early; go back in the browser, which may still have what you typed, and shorten it"
+        );
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, why)
     })?;
     Ok(Form::whole(&String::from_utf8_lossy(&bytes)))

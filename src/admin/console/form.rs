@@ -40,6 +40,19 @@ impl Form {
         Self(pairs)
     }
 
+    /// The fields in their order.
+    pub(super) fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The fields whose names begin with a prefix, without it.
+    pub(super) fn below(&self, prefix: &str) -> Self {
+        let below = |(name, value): (&str, &str)| {
+            Some((name.strip_prefix(prefix)?.to_owned(), value.to_owned()))
+        };
+        Self(self.fields().filter_map(below).collect())
+    }
+
     /// A field as it was typed; empty if it was not.
     pub(super) fn get(&self, name: &str) -> &str {
         self.0.iter().find(|(given, _)| given == name).map_or("", |(_, value)| value)

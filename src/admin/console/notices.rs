@@ -9,44 +9,54 @@ use std::{
 
 use maud::Markup;
 
-use super::{page::query, session::Session};
+use super::{form::Form, page::query, session::Session};
 use crate::clock;
 
 /// The most that are remembered. The page shows its notice for as long as it is.
-const MAX_NOTICES: usize = 64;
+const MAX_KEPT: usize = 64;
 
-/// The parameter of a page.
-const PARAMETER: &str = "notice";
-
-struct Notice {
+struct Kept<T> {
     id: String,
     /// The form key of the session that it is for.
     session: String,
-    content: Markup,
+    content: T,
 }
 
-#[derive(Default)]
-pub(super) struct Notices(Mutex<VecDeque<Notice>>);
+/// What the next page of a session shows, by a parameter of its address.
+pub(super) struct Shelf<T> {
+    parameter: &'static str,
+    kept: Mutex<VecDeque<Kept<T>>>,
+}
 
-impl Notices {
-    /// Keeps a notice; returns the address of a page that shows it.
-    pub(super) fn keep(&self, session: &Session, to: &str, content: Markup) -> String {
+/// What was done.
+pub(super) type Notices = Shelf<Markup>;
+
+/// Forms as they were filled in when their session was over. They have no secrets.
+pub(super) type Drafts = Shelf<Form>;
+
+impl<T: Clone> Shelf<T> {
+    pub(super) fn new(parameter: &'static str) -> Self {
+        Self { parameter, kept: Mutex::default() }
+    }
+
+    /// Keeps something; returns the address of a page that shows it.
+    pub(super) fn keep(&self, session: &Session, to: &str, content: T) -> String {
         let id = clock::session_id();
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() == MAX_NOTICES {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == MAX_KEPT {
             kept.pop_front();
         }
         let session = session.form_key.clone();
-        kept.push_back(Notice { id: id.clone(), session, content });
-        query(to, &[(PARAMETER, &id)])
+        kept.push_back(Kept { id: id.clone(), session, content });
+        query(to, &[(self.parameter, &id)])
     }
 
-    /// The notice that an address names, if it is this session's and still known.
-    pub(super) fn of(&self, session: &Session, query: Option<&str>) -> Option<Markup> {
+    /// What an address names, if it is this session's and still known.
+    pub(super) fn of(&self, session: &Session, query: Option<&str>) -> Option<T> {
         let mut pairs = url::form_urlencoded::parse(query?.as_bytes());
-        let id = pairs.find_map(|(name, id)| (name == PARAMETER).then_some(id))?;
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = kept.iter().find(|notice| notice.id == id)?;
+        let id = pairs.find_map(|(name, id)| (name == self.parameter).then_some(id))?;
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = kept.iter().find(|kept| kept.id == id)?;
         (found.session == session.form_key).then(|| found.content.clone())
     }
 }

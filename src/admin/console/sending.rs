@@ -43,8 +43,8 @@ pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
     Router::new()
         .route("/console/webhooks/{name}/replay", get(ask_replay::<Q, S>).post(replay::<Q, S>))
         .route("/console/resend", pair::<Resend, Q, S>())
-        .route("/console/replays/{id}/continue", pair::<Continue, Q, S>())
-        .route("/console/replays/{id}/cancel", pair::<Cancel, Q, S>())
+        .route("/console/replays/{id}/continue", pair::<OnReplay<true>, Q, S>())
+        .route("/console/replays/{id}/cancel", pair::<OnReplay<false>, Q, S>())
 }
 
 struct Resend;
@@ -91,35 +91,20 @@ impl Resend {
     }
 }
 
-struct Continue;
+/// A replay that goes on, or is cancelled.
+struct OnReplay<const IS_CONTINUE: bool>;
 
-impl<Q: Queue, S: Store> Asks<Q, S> for Continue {
+impl<const IS_CONTINUE: bool, Q: Queue, S: Store> Asks<Q, S> for OnReplay<IS_CONTINUE> {
     async fn ask(console: &Arc<Console<Q, S>>, _: &Session, of: &Of) -> Result<Ask, Refusal> {
-        ask_change(console, of, true).await
+        ask_change(console, of, IS_CONTINUE).await
     }
 }
 
-impl<Q: Queue, S: Store> Act<Q, S> for Continue {
+impl<const IS_CONTINUE: bool, Q: Queue, S: Store> Act<Q, S> for OnReplay<IS_CONTINUE> {
     const PLACE: Place = Place::Replays;
 
     async fn act(console: &Arc<Console<Q, S>>, _: &Session, of: &Of) -> Result<Acted, Refusal> {
-        change(console, of, true).await
-    }
-}
-
-struct Cancel;
-
-impl<Q: Queue, S: Store> Asks<Q, S> for Cancel {
-    async fn ask(console: &Arc<Console<Q, S>>, _: &Session, of: &Of) -> Result<Ask, Refusal> {
-        ask_change(console, of, false).await
-    }
-}
-
-impl<Q: Queue, S: Store> Act<Q, S> for Cancel {
-    const PLACE: Place = Place::Replays;
-
-    async fn act(console: &Arc<Console<Q, S>>, _: &Session, of: &Of) -> Result<Acted, Refusal> {
-        change(console, of, false).await
+        change(console, of, IS_CONTINUE).await
     }
 }
 
@@ -200,7 +185,9 @@ async fn ask_replay<Q: Queue, S: Store>(
     name: Result<Name, Refusal>,
     uri: Uri,
 ) -> Response {
-    let form = Form::of(uri.query().unwrap_or_default());
+    // What was typed before the session was over.
+    let draft = console.drafts.of(&session, uri.query()).map(Form::filled);
+    let form = draft.unwrap_or_else(|| Form::of(uri.query().unwrap_or_default()));
     let found = match name {
         Ok(Name(name)) => console.control.one(&name).await,
         Err(refusal) => Err(refusal),

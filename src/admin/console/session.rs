@@ -62,12 +62,21 @@ impl Reach {
     }
 }
 
-/// Begins a session for a token. Returns the header that sets the cookie.
-pub(super) fn begin(token: &Token, reach: Reach) -> HeaderValue {
+/// Begins a session for a token. Returns it with the header that sets the cookie.
+pub(super) fn begin(token: &Token, reach: Reach) -> (Session, HeaderValue) {
     let until = clock::unix_seconds(clock::now() + LASTS);
     let content = content(until, &clock::session_id());
     let seal = BASE64.encode(tag(token, SESSION, content.as_bytes()));
-    cookie(token, &format!("{content}.{seal}"), LASTS, reach)
+    let value = format!("{content}.{seal}");
+    (Session::new(token, &value, reach), cookie(token, &value, LASTS, reach))
+}
+
+impl Session {
+    /// The session of a cookie's value.
+    fn new(token: &Token, value: &str, reach: Reach) -> Self {
+        let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
+        Self { caller: Caller::of(token), form_key, token: token.clone(), reach }
+    }
 }
 
 /// The header that ends a session in the browser.
@@ -84,8 +93,7 @@ pub(super) fn of(headers: &HeaderMap, tokens: &Tokens) -> Option<Session> {
         // One of a longer path, which another program at this host has set, comes before it.
         let mut own = given.iter().filter(|(given, _)| *given == name).map(|(_, value)| *value);
         let value = own.find(|value| is_valid(token, value))?;
-        let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
-        Some(Session { caller: Caller::of(token), form_key, token: token.clone(), reach })
+        Some(Session::new(token, value, reach))
     })
 }
 
@@ -162,7 +170,7 @@ mod tests {
     fn a_session_is_its_tokens_and_ends_with_it() {
         let ann = token("ann.b", "one", Role::Admin);
         let tokens = Tokens::new(vec![token("ci", "two", Role::Intake), ann.clone()]);
-        let cookie = begin(&ann, Reach::Any);
+        let cookie = begin(&ann, Reach::Any).1;
         let text = cookie.to_str().expect("text");
         for attribute in ["; HttpOnly", "; SameSite=Strict", "; Path=/console", "; Max-Age=43200"] {
             assert!(text.contains(attribute), "{text}");
@@ -172,15 +180,15 @@ mod tests {
         assert!(session.caller.sees_endpoints());
         assert!(!text.contains("Secure"), "{text}");
         assert!(
-            begin(&ann, Reach::Tls).to_str().expect("text").contains("; Path=/console; Secure")
+            begin(&ann, Reach::Tls).1.to_str().expect("text").contains("; Path=/console; Secure")
         );
-        let again = of(&request(&begin(&ann, Reach::Tls)), &tokens).expect("a session");
+        let again = of(&request(&begin(&ann, Reach::Tls).1), &tokens).expect("a session");
         assert_ne!(session.form_key, again.form_key, "each session has its own");
 
         // Behind a proxy no other host can have set it, and no cookie of another kind counts.
         let public = PublicUrl::try_new("https://hooks.example").expect("valid");
         let behind = tokens.clone().used_at(Some(public));
-        let one_host = begin(&ann, Reach::OneHost);
+        let one_host = begin(&ann, Reach::OneHost).1;
         let text = one_host.to_str().expect("text");
         assert!(text.starts_with("__Host-hooktrail_") && !text.contains("/console"), "{text}");
         for part in ["; Path=/;", "; Secure", "; HttpOnly", "; SameSite=Strict"] {

@@ -1,6 +1,7 @@
 //! The page where a token is given, and what slows wrong ones down.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     net::IpAddr,
     sync::{Mutex, PoisonError},
@@ -13,8 +14,12 @@ use axum::{
 };
 use maud::html;
 use tokio::sync::Semaphore;
+use url::Url;
 
-use super::page::{logo, outside};
+use super::{
+    form::Form,
+    page::{logo, outside},
+};
 use crate::clock;
 
 /// The wait after the first wrong token of an address. Each further one doubles it.
@@ -69,10 +74,71 @@ impl Doorman {
     }
 }
 
+/// Where a browser wanted to go, and the form that it had filled in there.
+pub(super) struct Onward {
+    pub(super) to: String,
+    pub(super) typed: Form,
+}
+
+/// What begins the name of a field of the page that keeps one of another form.
+const TYPED: &str = "typed.";
+
+/// The most fields of a form that is kept: none of our own has more.
+const MAX_FIELDS: usize = 32;
+
+/// The fields that are not kept: the secret, whose page would then hold it, and what is valid in its
+/// own page alone: its keys, and what was counted there.
+const NOT_KEPT: [&str; 5] = ["secret", "form_key", "request", "as_of", "most"];
+
+impl Onward {
+    pub(super) fn page(to: &str) -> Self {
+        Self { to: to.to_owned(), typed: Form::default() }
+    }
+
+    /// A form that was sent to a path, without its secrets. Each such path has a page too.
+    pub(super) fn form(path: &str, form: Form) -> Self {
+        let mut typed = NOT_KEPT.into_iter().fold(form, Form::without);
+        let changed = match without_password(typed.get("url")) {
+            Cow::Owned(url) => Some(url),
+            Cow::Borrowed(_) => None,
+        };
+        if let Some(url) = changed {
+            typed = typed.with("url", url);
+        }
+        if typed.fields().count() > MAX_FIELDS {
+            typed = Form::default();
+        }
+        Self { to: path.to_owned(), typed }
+    }
+
+    /// What the sign-in's own form carries on.
+    pub(super) fn carried(sign_in: &Form) -> Self {
+        Self { to: sign_in.get("to").to_owned(), typed: sign_in.below(TYPED) }
+    }
+}
+
+/// What was typed, but for the password of a URL.
+pub(super) fn without_password(typed: &str) -> Cow<'_, str> {
+    match typed.trim().parse::<Url>() {
+        Ok(mut url) if url.password().is_some() => {
+            // It has a host, or it would have no password.
+            url.set_password(None).ok();
+            url.to_string().into()
+        }
+        // No URL yet, and what stands before the sign may be a password.
+        Err(_) if typed.contains('@') => {
+            typed.rsplit('@').next().unwrap_or_default().to_owned().into()
+        }
+        _ => typed.into(),
+    }
+}
+
 /// The page's word on the last try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Said {
     Nothing,
+    /// A form was sent, and its session was over.
+    SignedOut,
     Wrong,
     /// The token is one that may only publish.
     MayNotLook,
@@ -82,10 +148,11 @@ pub(super) enum Said {
     FromALink,
 }
 
-/// The page; `to` is where the browser wanted to go.
-pub(super) fn page(said: Said, to: &str) -> Response {
+/// The page; it carries on what the browser wanted.
+pub(super) fn page(said: Said, onward: &Onward) -> Response {
+    let Onward { to, typed } = onward;
     let (status, why) = match said {
-        Said::Nothing => (StatusCode::UNAUTHORIZED, None),
+        Said::Nothing | Said::SignedOut | Said::FromALink => (StatusCode::UNAUTHORIZED, None),
         Said::Wrong => {
             (StatusCode::UNAUTHORIZED, Some("This is no token of this daemon's configuration."))
         }
@@ -100,7 +167,6 @@ pub(super) fn page(said: Said, to: &str) -> Response {
         Said::Elsewhere => {
             (StatusCode::FORBIDDEN, Some("This came from a page of another site. Sign in here."))
         }
-        Said::FromALink => (StatusCode::UNAUTHORIZED, None),
     };
     let mut answer = outside(
         status,
@@ -112,8 +178,15 @@ pub(super) fn page(said: Said, to: &str) -> Response {
                 @if said == Said::FromALink && !to.is_empty() {
                     p { "A link on another site led here. If this browser is signed in: " a href=(to) { "open the page" } "." }
                 }
+                @if said == Said::SignedOut {
+                    div.note.warn role="status" {
+                        p { strong { "You were signed out, and nothing was done." } " A browser stays signed in for 12 hours, and no longer than its token is valid." }
+                        @if typed.fields().next().is_some() { p { "After the sign-in the form is here again as you filled it in, but for a signing secret and a password in a URL." } }
+                    }
+                }
                 form method="post" action="/console/sign-in" {
                     input type="hidden" name="to" value=(to);
+                    @for (name, value) in typed.fields() { input type="hidden" name=(format!("{TYPED}{name}")) value=(value); }
                     // Password managers ask for a name to keep it under.
                     input.hidden type="text" name="username" value="hooktrail" autocomplete="username" tabindex="-1" aria-hidden="true" readonly;
                     div.field {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::State,
-    http::StatusCode,
+    http::{StatusCode, Uri},
     response::Response,
     routing::{get, post},
 };
@@ -67,11 +67,26 @@ pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
 async fn ask_new<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     MayChange(session): MayChange,
+    uri: Uri,
 ) -> Response {
     if let Err(refusal) = console.control.may_manage() {
         return not_done(&session, Place::Webhooks, &refusal, Place::Webhooks.path());
     }
-    sheet(&console, &session, None, &Form::default(), None).await
+    match console.drafts.of(&session, uri.query()) {
+        Some(kept) => kept_sheet(&console, &session, None, &kept).await,
+        None => sheet(&console, &session, None, &Form::default(), None).await,
+    }
+}
+
+/// The page with a form whose session was over when it was sent.
+async fn kept_sheet<Q: Queue, S: Store>(
+    console: &Console<Q, S>,
+    session: &Session,
+    name: Option<&str>,
+    form: &Form,
+) -> Response {
+    let preview = Preview::of(console, draft(name, form)).await;
+    Sheet { session, name, form, came: None, is_kept: true, preview }.answer()
 }
 
 /// The page with a form, and with what came of it.
@@ -95,8 +110,8 @@ fn draft(name: Option<&str>, form: &Form) -> Draft {
 }
 
 /// The address of a form that was loaded instead of sent.
-async fn to_new<Q: Queue, S: Store>(console: This<Q, S>, session: MayChange) -> Response {
-    ask_new(console, session).await
+async fn to_new<Q: Queue, S: Store>(console: This<Q, S>, session: MayChange, uri: Uri) -> Response {
+    ask_new(console, session, uri).await
 }
 
 async fn add<Q: Queue, S: Store>(
@@ -195,7 +210,11 @@ async fn ask_edit<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     MayChange(session): MayChange,
     name: Result<Name, Refusal>,
+    uri: Uri,
 ) -> Response {
+    if let (Some(kept), Ok(Name(name))) = (console.drafts.of(&session, uri.query()), &name) {
+        return kept_sheet(&console, &session, Some(name), &kept).await;
+    }
     match known(&console, &session, name).await {
         Ok((found, document, version)) => {
             let form = filled(&document, &version);

@@ -459,7 +459,7 @@ fn is_free(editing: &Editing<'_>, name: &SubscriberName) -> Result<(), Refusal> 
         return Err(in_a_file(&of_file.origin));
     }
     if editing.entry(name).is_some() {
-        let why = "there is a subscriber of this name; change it with PUT or PATCH, or choose another name";
+        let why = "there is a subscriber of this name; change that one, or choose another name";
         return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Exists, why));
     }
     Ok(())

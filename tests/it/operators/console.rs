@@ -88,6 +88,13 @@ impl Browser {
         browser
     }
 
+    /// Sends a form of the sign-in, and keeps the cookie.
+    pub(super) async fn signs_in(mut self, form: &[(&str, &str)]) -> (Self, Seen) {
+        let seen = self.post("/console/sign-in", form, &[]).await;
+        self.cookie = Some(seen.header("set-cookie").split(';').next().expect("one").to_owned());
+        (self, seen)
+    }
+
     pub(super) async fn sign_in(&self, token: &str, to: &str) -> Seen {
         self.post("/console/sign-in", &[("token", token), ("to", to)], &[]).await
     }

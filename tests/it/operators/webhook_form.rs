@@ -204,6 +204,11 @@ fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept(
         let taken = [sound[0], ("name", "of-file"), sound[2], sound[3]];
         let seen = send(&browser, "/console/new-webhook", &taken).await;
         assert!(seen.status == 409 && seen.text.contains("hooktrail.toml:"), "{}", seen.text);
+        assert!(
+            seen.text.contains("id=\"wrong-name\""),
+            "it stands beside the name: {}",
+            seen.text
+        );
         let seen = browser.get("/console/webhooks/of-file/edit").await;
         assert!(seen.status == 409 && seen.text.contains("change it there"), "{}", seen.text);
         let page = browser.page("/console/webhooks/of-file").await;
@@ -234,8 +239,11 @@ fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept(
 /// The text of an element that is named by its label.
 fn labelled(page: &str, label: &str) -> String {
     let (_, rest) = page.split_once(&format!("aria-label=\"{label}\">")).expect(label);
-    let text = rest.split('<').next().expect("its text");
-    text.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    unescaped(rest.split('<').next().expect("its text"))
+}
+
+fn unescaped(html: &str) -> String {
+    html.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 }
 
 #[test]
@@ -344,4 +352,95 @@ fn verify(secret: &str, headers: &str, body: &str) {
     let secret = hooktrail::crypto::secret::Secret::new(secret);
     let verified = hooktrail::crypto::signature::verify(&secret, header, body.as_bytes(), now);
     assert!(verified.is_ok(), "{headers}\n{body}");
+}
+
+/// The hidden fields of a page's form, as a browser sends them.
+fn hidden(page: &str) -> Vec<(String, String)> {
+    let fields = page.split("<input type=\"hidden\" name=\"").skip(1);
+    let fields = fields.map(|rest| {
+        let name = rest.split('"').next().expect("a name").to_owned();
+        let value = rest.split(" value=\"").nth(1).and_then(|v| v.split('"').next());
+        (name, unescaped(value.expect("a value")))
+    });
+    fields.collect()
+}
+
+#[test]
+fn what_was_typed_outlives_the_session_without_its_secrets_and_is_sent_by_the_user_alone() {
+    run(async {
+        let (receiver, api) = (Receiver::accepting().await, Api::new());
+        let config = managing(&api) + &subscriber("old", &receiver.url, "");
+        let setup = Setup::new(&Queue::embedded(), &config);
+        let _daemon = setup.start().await;
+        let url = receiver.url.replace("http://", "http://me:hunter2@");
+        let form = [
+            ("form_key", "of-a-session-that-is-over"),
+            ("name", "siem"),
+            ("url", url.as_str()),
+            ("format", "jsonl"),
+            ("events", "user.*\r\n<b>"),
+            ("signature", "standard-webhooks"),
+            ("secret", TYPED),
+            ("description", "the \"SOC\""),
+        ];
+        let out = Browser::new(&api);
+        // A form that another site has filled in is not the user's.
+        let elsewhere = [("origin", "https://evil.example")];
+        let seen = out.post("/console/new-webhook", &form, &elsewhere).await;
+        assert!(seen.status == 401 && !seen.text.contains("SOC"), "{}", seen.text);
+
+        for path in ["/console/new-webhook", "/console/new-webhook/test"] {
+            let seen = out.post(path, &form, &[]).await;
+            assert!(
+                seen.status == 401 && seen.text.contains("You were signed out"),
+                "{}",
+                seen.text
+            );
+            assert_inert(&seen.text, path);
+            for secret in [TYPED, "hunter2", "of-a-session"] {
+                assert!(!seen.text.contains(secret), "{secret}: {}", seen.text);
+            }
+            // A wrong token loses nothing.
+            let typed = hidden(&seen.text);
+            let with = |token: &'static str| {
+                let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+                all.chain([("token", token)]).collect::<Vec<_>>()
+            };
+            let wrong = out.post("/console/sign-in", &with("wrong"), &[]).await;
+            assert_eq!(hidden(&wrong.text), typed, "{}", wrong.text);
+
+            let (browser, seen) = Browser::new(&api).signs_in(&with(TOKEN)).await;
+            let to = seen.header("location");
+            assert!(seen.status == 303 && to.starts_with(&format!("{path}?draft=")), "{to}");
+            let page = browser.page(to).await;
+            for part in [
+                "You were signed out meanwhile, and nothing was sent.",
+                "value=\"siem\"",
+                "value=\"jsonl\" selected",
+                "&lt;b&gt;</textarea>",
+                "value=\"the &quot;SOC&quot;\"",
+            ] {
+                assert!(page.contains(part), "{part}: {page}");
+            }
+            // It is of that session alone.
+            let other = Browser::signed_in(&api, TOKEN).await;
+            assert!(!other.page(to).await.contains("SOC"));
+            assert_eq!(browser.get("/console/webhooks/siem").await.status, 404, "nothing was done");
+            assert_eq!(receiver.requests().len(), 0, "nothing was sent");
+        }
+
+        // An action leads back to its page.
+        let pause = "/console/webhooks/old/pause";
+        let seen = out.post(pause, &[("form_key", "x"), ("why", "a look")], &[]).await;
+        let typed = hidden(&seen.text);
+        let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let all: Vec<_> = all.chain([("token", TOKEN)]).collect();
+        let (browser, seen) = Browser::new(&api).signs_in(&all).await;
+        let page = browser.page(seen.header("location")).await;
+        assert!(page.contains("Pause old") && page.contains("value=\"a look\""), "{page}");
+        assert!(!browser.page("/console/webhooks/old").await.contains("a look"));
+        // So does a form without anything typed.
+        let seen = out.post("/console/health/inspect", &[("form_key", "x")], &[]).await;
+        assert!(hidden(&seen.text).contains(&("to".into(), "/console/health/inspect".into())));
+    });
 }

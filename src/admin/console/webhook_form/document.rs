@@ -3,7 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::{
-    admin::{answer::Refusal, console::form::Form},
+    admin::{
+        answer::Refusal,
+        console::form::Form,
+        view::{FieldError, ProblemKind},
+    },
     config::managed::Document,
 };
 
@@ -115,6 +119,10 @@ pub(super) fn filled(document: &Value, version: &str) -> Form {
 
 /// A refusal whose fields are those of the form.
 pub(super) fn of_form(mut refusal: Refusal) -> Refusal {
+    if refusal.fields.is_empty() && refusal.kind == ProblemKind::Exists {
+        // Another webhook has the name, here or in a file.
+        refusal.fields.push(FieldError { field: "name".to_owned(), detail: refusal.why.clone() });
+    }
     for wrong in &mut refusal.fields {
         let (key, rest) = match wrong.field.find(['[', '.']) {
             Some(at) => wrong.field.split_at(at),

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 
 use axum::{http::StatusCode, response::Response};
 use maud::{Markup, html};
-use url::Url;
 
 use super::{
     NEW,
@@ -18,6 +17,7 @@ use crate::admin::{
         form::Form,
         page::{Mistakes, Page, Place, form_key, path_to, text},
         session::Session,
+        sign_in::without_password,
     },
     view::{FieldError, ProblemKind, Tested},
 };
@@ -90,7 +90,10 @@ impl Sheet<'_> {
 
 /// Why it was not done, with the mistakes that no field of the form has.
 fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
-    let is_of_form = |e: &&FieldError| FIELDS.iter().any(|(field, _)| *field == e.field);
+    // The name stands in the form of a new webhook alone.
+    let is_of_form = |e: &&FieldError| {
+        FIELDS.iter().any(|(field, _)| *field == e.field) && (name.is_none() || e.field != "name")
+    };
     let (here, others): (Vec<_>, Vec<_>) = refusal.fields.iter().partition(is_of_form);
     html! {
         div.note.bad role="alert" {
@@ -105,7 +108,7 @@ fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
                 }
                 _ if refusal.fields.is_empty() => p { (text(&refusal.why)) },
                 _ => {
-                    @if !here.is_empty() { p { "It was not taken: " (here.len()) (if here.len() == 1 { " field has" } else { " fields have" }) " a mistake, which is told there." } }
+                    @if !here.is_empty() { p { "It was not taken: " (here.len()) (if here.len() == 1 { " field has" } else { " fields have" }) " a mistake, which stands next to it." } }
                     @for e in others { p { code { (text(&e.field)) } " " (text(&e.detail)) } }
                 }
             }
@@ -178,17 +181,5 @@ fn line(
             @if !hint.is_empty() && mistakes.is_wrong(field).is_none() { span.hint { (hint) } }
             (mistakes.beside(field))
         }
-    }
-}
-
-/// What was typed, but for the password of a URL.
-fn without_password(typed: &str) -> Cow<'_, str> {
-    match typed.trim().parse::<Url>() {
-        Ok(mut url) if url.password().is_some() => {
-            // It has a host, or it would have no password.
-            url.set_password(None).ok();
-            url.to_string().into()
-        }
-        _ => typed.into(),
     }
 }
