@@ -12,7 +12,7 @@ use axum::{
     extract,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware,
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
     routing::{post, put},
 };
 
@@ -81,10 +81,9 @@ async fn add<Q: Queue, S: Store>(
     extract::State(control): This<Q, S>,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
-    mut body: Body,
+    body: Body,
 ) -> Response {
-    let work = async {
-        let document: Document = body::json(&headers, &mut body).await?;
+    let add = async |(), document: Document| {
         let added = control.add(&caller, document).await?;
         let path = format!("/api/v1/subscribers/{}", added.subscriber);
         let status = if added.bound { StatusCode::CREATED } else { StatusCode::ACCEPTED };
@@ -94,7 +93,7 @@ async fn add<Q: Queue, S: Store>(
         }
         Ok(response)
     };
-    done(work.await, &headers, body).await
+    requested(headers, body, Ok(()), add).await
 }
 
 async fn replace<Q: Queue, S: Store>(
@@ -102,14 +101,13 @@ async fn replace<Q: Queue, S: Store>(
     Extension(caller): Extension<Caller>,
     Name(name): Name,
     headers: HeaderMap,
-    mut body: Body,
+    body: Body,
 ) -> Response {
-    let work = async {
-        let expected = Expected::of(&headers)?;
-        let document: Document = body::json(&headers, &mut body).await?;
+    let expected = Expected::of(&headers);
+    let replace = async |expected, document| {
         control.replace(&caller, &name, expected, document).await.map(|done| after(&done))
     };
-    done(work.await, &headers, body).await
+    requested(headers, body, expected, replace).await
 }
 
 async fn patch<Q: Queue, S: Store>(
@@ -117,14 +115,13 @@ async fn patch<Q: Queue, S: Store>(
     Extension(caller): Extension<Caller>,
     Name(name): Name,
     headers: HeaderMap,
-    mut body: Body,
+    body: Body,
 ) -> Response {
-    let work = async {
-        let expected = Expected::of(&headers)?;
-        let Patch(patch) = body::json(&headers, &mut body).await?;
+    let expected = Expected::of(&headers);
+    let patch = async |expected, Patch(patch)| {
         control.patch(&caller, &name, expected, patch).await.map(|done| after(&done))
     };
-    done(work.await, &headers, body).await
+    requested(headers, body, expected, patch).await
 }
 
 async fn remove<Q: Queue, S: Store>(
@@ -139,9 +136,9 @@ async fn remove<Q: Queue, S: Store>(
         let removed = control.remove(&caller, &name, expected, backlog).await?;
         let is_done = removed.backlog != "dropping";
         let status = if is_done { StatusCode::OK } else { StatusCode::ACCEPTED };
-        Ok(json_answer(status, &removed))
+        Ok::<_, Refusal>(json_answer(status, &removed))
     };
-    done(work.await, &headers, Body::empty()).await
+    work.await.unwrap_or_else(IntoResponse::into_response)
 }
 
 async fn rotate<Q: Queue, S: Store>(
@@ -149,13 +146,34 @@ async fn rotate<Q: Queue, S: Store>(
     Extension(caller): Extension<Caller>,
     Name(name): Name,
     headers: HeaderMap,
-    mut body: Body,
+    body: Body,
 ) -> Response {
-    let work = async {
-        let wanted: RotateSecret = body::json(&headers, &mut body).await?;
+    let rotate = async |(), wanted: RotateSecret| {
         control.rotate_secret(&caller, &name, wanted).await.map(|done| after(&done))
     };
-    done(work.await, &headers, body).await
+    requested(headers, body, Ok(()), rotate).await
+}
+
+/// Answers a request with a body, which is read only if the request's headers are in order. A body
+/// that is not read is discarded, so that the client gets the refusal.
+async fn requested<H, B: FromBody>(
+    headers: HeaderMap,
+    mut body: Body,
+    of_headers: Result<H, Refusal>,
+    does: impl AsyncFnOnce(H, B) -> Result<Response, Refusal>,
+) -> Response {
+    let work = async {
+        let of_headers = of_headers?;
+        let wanted = body::json(&headers, &mut body).await?;
+        does(of_headers, wanted).await
+    };
+    match work.await {
+        Ok(response) => response,
+        Err(refusal) => {
+            discard(&headers, body).await;
+            refusal.into_response()
+        }
+    }
 }
 
 fn after(done: &SubscriberChange) -> Response {
@@ -166,14 +184,4 @@ fn changed(status: StatusCode, change: &SubscriberChange) -> Response {
     let mut response = json_answer(status, change);
     response.headers_mut().extend(etag(&change.version));
     response
-}
-
-async fn done(result: Result<Response, Refusal>, headers: &HeaderMap, body: Body) -> Response {
-    match result {
-        Ok(response) => response,
-        Err(refusal) => {
-            discard(headers, body).await;
-            refusal.into_response()
-        }
-    }
 }

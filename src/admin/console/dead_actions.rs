@@ -27,8 +27,8 @@ use crate::{
 
 pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
     Router::new()
-        .route("/console/dead-letters/{name}/replay", pair::<Replay, Q, S>())
-        .route("/console/dead-letters/{name}/purge", pair::<Purge, Q, S>())
+        .route("/console/dead-letters/{name}/replay", pair::<OnLetters<false>, Q, S>())
+        .route("/console/dead-letters/{name}/purge", pair::<OnLetters<true>, Q, S>())
 }
 
 /// The page of a subscriber's dead letters.
@@ -52,9 +52,14 @@ pub(super) fn command(name: &str, verb: &str, letter: Option<&str>, form: &Form)
     format!("hooktrail dead {verb} {}{letter}{}", word(name), options.concat())
 }
 
-struct Replay;
+/// An action on dead letters: their purge, or their replay.
+struct OnLetters<const IS_PURGE: bool>;
 
-impl<Q: Queue, S: Store> Act<Q, S> for Replay {
+impl<const IS_PURGE: bool> OnLetters<IS_PURGE> {
+    const ACT: dead::Act = if IS_PURGE { dead::Act::Purge } else { dead::Act::Replay };
+}
+
+impl<const IS_PURGE: bool, Q: Queue, S: Store> Act<Q, S> for OnLetters<IS_PURGE> {
     const PLACE: Place = Place::DeadLetters;
 
     async fn act(
@@ -62,47 +67,19 @@ impl<Q: Queue, S: Store> Act<Q, S> for Replay {
         session: &Session,
         of: &Of,
     ) -> Result<Acted, Refusal> {
-        act(console, session, of, dead::Act::Replay).await
+        act(console, session, of, Self::ACT).await
     }
 
     fn back(of: &Of) -> String {
-        back(of)
+        let name = of.name().ok();
+        name.map_or_else(|| Place::DeadLetters.path().to_owned(), |name| list(name, &of.form))
     }
 }
 
-impl<Q: Queue, S: Store> Asks<Q, S> for Replay {
+impl<const IS_PURGE: bool, Q: Queue, S: Store> Asks<Q, S> for OnLetters<IS_PURGE> {
     async fn ask(console: &Arc<Console<Q, S>>, session: &Session, of: &Of) -> Result<Ask, Refusal> {
-        ask(console, session, of, dead::Act::Replay).await
+        ask(console, session, of, Self::ACT).await
     }
-}
-
-struct Purge;
-
-impl<Q: Queue, S: Store> Act<Q, S> for Purge {
-    const PLACE: Place = Place::DeadLetters;
-
-    async fn act(
-        console: &Arc<Console<Q, S>>,
-        session: &Session,
-        of: &Of,
-    ) -> Result<Acted, Refusal> {
-        act(console, session, of, dead::Act::Purge).await
-    }
-
-    fn back(of: &Of) -> String {
-        back(of)
-    }
-}
-
-impl<Q: Queue, S: Store> Asks<Q, S> for Purge {
-    async fn ask(console: &Arc<Console<Q, S>>, session: &Session, of: &Of) -> Result<Ask, Refusal> {
-        ask(console, session, of, dead::Act::Purge).await
-    }
-}
-
-fn back(of: &Of) -> String {
-    let name = of.name().ok();
-    name.map_or_else(|| Place::DeadLetters.path().to_owned(), |name| list(name, &of.form))
 }
 
 /// The list that the form was sent from, with its filters.
