@@ -30,11 +30,14 @@ pub(super) struct Search {
     pub(super) horizon: i64,
 }
 
+/// Takes the time, in Unix milliseconds, and the type of each event that is found.
+type Counter<'s> = &'s mut dyn FnMut(i64, &str);
+
 /// A search on its way.
 struct Hunt<'s> {
     search: &'s Search,
     /// What is found is counted, and not kept.
-    counter: Option<&'s mut dyn FnMut(i64, &str)>,
+    counter: Option<Counter<'s>>,
     /// Unix milliseconds: from, and before.
     times: (i64, i64),
     found: Vec<EventRow>,
@@ -92,7 +95,7 @@ fn hunt<'s>(
     db: &Connection,
     source: &mut Source<'_>,
     search: &'s Search,
-    counter: Option<&'s mut dyn FnMut(i64, &str)>,
+    counter: Option<Counter<'s>>,
 ) -> Result<Page<EventRow>, Fault> {
     let filter = &search.filter;
     let ends = Page { rows: Vec::new(), next: None, searched_back_to: None };
