@@ -6,6 +6,8 @@
 pub enum Step {
     /// The broker has answered a request about its queues, exchanges or bindings.
     Declared,
+    /// The witness of the exchange of the events is declared, and not bound.
+    Witnessed,
     /// A request is about to be sent.
     Attempting,
     /// A request was answered, or failed; nothing of that is durable yet.
@@ -45,8 +47,9 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Declared,
+        Self::Witnessed,
         Self::Attempting,
         Self::Answered,
         Self::Published,

@@ -215,7 +215,6 @@ impl AmqpQueue {
         let mut broker = shared.broker();
         shared.topology.find_source(&mut broker).await?;
         shared.topology.ensure_shared(&mut broker).await?;
-        restore::first_witness(shared, &mut broker).await;
         let mut unready = BTreeSet::new();
         for s in subscribers {
             if let Err(e) = shared.ensure_subscriber(&mut broker, s).await {

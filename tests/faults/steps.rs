@@ -2,13 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use hooktrail::failpoint::{self, Step};
+use hooktrail::{
+    failpoint::{self, Step},
+    store::Gap,
+};
+use lapin::{ExchangeKind, options::ExchangeDeclareOptions};
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
     environment::Environment,
     impatient_broker, prepare,
-    remembered::NUMBERS,
+    remembered::{NUMBERS, reach},
     round::Round,
     subscribers::Kind,
     support::{
@@ -24,6 +28,7 @@ use crate::{
 
 tests_that_need!(
     broker:
+    a_daemon_that_is_killed_when_it_has_declared_the_witness_has_recorded_what_history_lacks,
     a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing,
     a_daemon_that_is_killed_at_any_step_of_its_store_on_a_broker_loses_nothing_and_history_says_what_it_lacks,
     a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again,
@@ -181,6 +186,55 @@ fn a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_se
         assert_eq!(ids.len(), 5, "under the ids that they had");
         broker.wait_depth("sub.a.dead", 0).await;
         drop(daemon);
+    });
+}
+
+fn a_daemon_that_is_killed_when_it_has_declared_the_witness_has_recorded_what_history_lacks() {
+    run(async {
+        let (broker, data) = (Broker::shared(), tempfile::tempdir().expect("a directory"));
+        let receiver = Receiver::accepting().await;
+        let queue = format!(
+            "[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\ndata_dir = \"{}\"\n",
+            broker.url,
+            broker.exchange,
+            broker.prefix,
+            data.path().display()
+        );
+        let setup = Setup::with_text(&(queue + QUICK + &subscriber("a", &receiver.url, "")));
+        let reached = async || reach(data.path(), false).await.unwrap_or_else(|e| panic!("{e}"));
+        let daemon = setup.start().await;
+        daemon.wait_log("every event goes into history").await;
+        broker.publish(TYPE, [event(0)]).await;
+        eventually("it is in history", async || reached().await.events == 1).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(reached().await.gaps, []);
+
+        let (connection, channel) = broker.channel().await;
+        let exchange = broker.exchange.as_str();
+        channel.exchange_delete(exchange.into(), Default::default()).await.expect("deletes");
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        let declared = channel.exchange_declare(
+            exchange.into(),
+            ExchangeKind::Topic,
+            durable,
+            Default::default(),
+        );
+        declared.await.expect("declares");
+        connection.close(200, "done".into()).await.expect("closes");
+        let dies = format!("{}=Witnessed exec \"$0\" \"$@\"", failpoint::VARIABLE);
+        let ended = setup.spawn_as(&dies).wait().await;
+        assert_eq!(ended.code(), None, "it was killed: {ended:?}");
+
+        let daemon = setup.start().await;
+        let mut gaps = Vec::new();
+        eventually("history has the gap", async || {
+            gaps = reached().await.gaps;
+            gaps.iter().any(|gap| gap.what == "events")
+        })
+        .await;
+        let is_of_the_witness = |gap: &Gap| gap.what == "events" && gap.why.contains("not bound");
+        assert!(gaps.iter().any(is_of_the_witness), "{gaps:?}");
+        assert!(daemon.stop().await.success());
     });
 }
 

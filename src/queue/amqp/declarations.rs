@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     config::{Intake, Subscriber},
+    failpoint::{Step, reached},
     queue::QueueError,
 };
 
@@ -89,6 +90,7 @@ impl Topology {
             })
             .await;
         declared.map_err(|e| e.into_error("exchange", &witness))?;
+        reached(Step::Witnessed);
         broker.bind_exchange(&self.events(), &witness, "").await
     }
 

@@ -454,9 +454,9 @@ impl<'a> Follower<'a> {
                 self.report_removed();
                 self.report_pauses();
             }
-            Action::ExpectWitness => {
+            Action::CheckWitness { is_expected } => {
                 let has_store = self.ownership.recorded().store.is_some();
-                self.upkeep.began_with_record(has_store).await;
+                self.upkeep.first_witness(broker, is_expected, has_store).await;
             }
             Action::Log(notice) => self.log(&notice),
         }

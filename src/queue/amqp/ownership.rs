@@ -125,8 +125,11 @@ pub(super) enum Action {
     },
     /// Pass on to the lanes who is paused, and who was removed.
     ReportState,
-    /// The record was there before this daemon: a witness was, too.
-    ExpectWitness,
+    /// Declare the witness if it is missing. `is_expected`: the record was there before this daemon,
+    /// so a witness was, too.
+    CheckWitness {
+        is_expected: bool,
+    },
     Log(Notice),
     /// Handle this event.
     Then(Event),
@@ -326,8 +329,9 @@ impl Ownership {
         let mut actions = Vec::new();
         let had_read = std::mem::replace(&mut self.has_read, true);
         let is_empty = self.recorded.bindings.is_empty();
-        if !had_read && !is_empty {
-            actions.push(Action::ExpectWitness);
+        if !had_read {
+            // Before a claim is written: a daemon that reads one expects a witness.
+            actions.push(Action::CheckWitness { is_expected: !is_empty });
         }
         if had_read && is_empty && self.served().next().is_some() {
             actions.push(Action::Log(Notice::RecordLost));
@@ -682,7 +686,7 @@ mod tests {
             };
             let (done, event) = match action {
                 Action::Then(event) => return Some(event),
-                Action::ReportState | Action::ExpectWitness => return None,
+                Action::ReportState | Action::CheckWitness { .. } => return None,
                 Action::CheckAlone => return Some(Event::Alone(self.is_alone)),
                 Action::CheckConsumers(subscriber) => {
                     return Some(Event::Consumed { subscriber, elsewhere: Some(self.is_consumed) });

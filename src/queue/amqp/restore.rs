@@ -37,20 +37,6 @@ pub(super) async fn witness(shared: &Shared, broker: &mut Broker<'_>) {
     }
 }
 
-/// Checks at the start whether there is a witness, before anything is bound and recorded, and
-/// declares it.
-pub(super) async fn first_witness(shared: &Shared, broker: &mut Broker<'_>) {
-    if shared.witnessed.get().is_none()
-        && let Ok(there) = shared.topology.has_witness(broker).await
-    {
-        shared.witnessed.set(there).ok();
-        if there {
-            shared.history.witnessed(clock::now());
-        }
-        witness(shared, broker).await;
-    }
-}
-
 /// Checks the ladder and the orphans, and restores them, indefinitely.
 pub(super) async fn check_own(shared: &Shared) {
     let mut keeping = ReportedOutage::new("the delay ladder", Harms::Lanes, &shared.troubles);

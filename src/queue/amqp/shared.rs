@@ -77,8 +77,6 @@ pub(super) struct Shared {
     /// The patterns bound to the exchange of the events: by the record, once a daemon has read it;
     /// in a command by its configuration.
     pub(super) bound: Mutex<Patterns>,
-    /// Whether the witness existed at the start.
-    pub(super) witnessed: OnceLock<bool>,
     /// When all bindings were last declared.
     pub(super) sound: Mutex<Option<SystemTime>>,
     /// Notified when a message found no queue, or a lane no exchange.
@@ -119,7 +117,6 @@ impl Shared {
             sizes: Mutex::default(),
             troubles,
             bound: Mutex::default(),
-            witnessed: OnceLock::new(),
             sound: Mutex::default(),
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),

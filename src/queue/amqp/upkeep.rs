@@ -108,13 +108,36 @@ impl<'a> Upkeep<'a> {
         }
     }
 
-    /// The record is older than this daemon: there were bindings, and so a witness.
-    pub(super) async fn began_with_record(&self, has_store: bool) {
-        if self.shared.witnessed.get() == Some(&false) {
-            Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
-            // It is not known until when the exchange had its bindings.
-            self.report_to_history(has_store, None).await;
+    /// Checks at the start whether there is a witness, and declares it. `is_expected`: the record is
+    /// older than this daemon, so there were bindings, and a witness.
+    ///
+    /// Another daemon that starts at the same time may have declared it by now: it has recorded first
+    /// what history lacks.
+    pub(super) async fn first_witness(
+        &mut self,
+        broker: &mut Broker<'_>,
+        is_expected: bool,
+        has_store: bool,
+    ) {
+        let began = clock::now();
+        match self.topology.has_witness(broker).await {
+            Ok(true) => self.shared.history.witnessed(began),
+            Ok(false) if is_expected => {
+                Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
+                // It is not known until when the exchange had its bindings.
+                if !self.report_to_history(has_store, None).await {
+                    self.schedule.soon = true;
+                    return;
+                }
+            }
+            Ok(false) => {}
+            Err(e) => {
+                tracing::debug!(error = %e, "it is not known yet whether the exchange was deleted");
+                return;
+            }
         }
+        // Also if it is there: a daemon that was killed may not have bound it.
+        witness(self.shared, broker).await;
     }
 
     /// The queue of history is not bound: the daemon that has it binds it and records a gap. Nobody
