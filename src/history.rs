@@ -1,7 +1,9 @@
 //! History: what fills the store, and what answers from it.
 
+mod changes;
 pub mod deliveries;
 mod events;
+mod losses;
 pub mod newcomers;
 pub mod replay;
 pub mod resend;

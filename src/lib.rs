@@ -74,7 +74,8 @@
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
 //! history/                  what fills the store, and what answers from it
-//!              · events · deliveries · whereabouts · replay · newcomers · resend · history
+//!              · events · changes · losses · deliveries · whereabouts · replay · newcomers · resend
+//!              · history
 //!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · managed · reload · startup_check

@@ -2,8 +2,9 @@
 //!
 //! An observer of the lanes makes [`DeliveryChange`]s of their events, and puts them into a bounded
 //! channel: no lane ever waits for the store. A task, [`Recorder::run`], hands them to the store in
-//! groups. Changes for which there is no room are dropped, counted, and recorded as a [`Gap`]. While
-//! another store has history they are dropped alone: this one keeps none.
+//! groups. Changes for which there is no room are dropped, counted, and recorded as a
+//! [`Gap`](crate::store::Gap). While another store has history they are dropped alone: this one keeps
+//! none.
 
 use std::{
     fmt,
@@ -11,7 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
@@ -23,22 +24,21 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::events::Keeps;
+use super::{
+    changes::{each_change, weight},
+    events::Keeps,
+    losses::{Losses, QUIET, WHAT},
+};
 use crate::{
     clock,
-    delivery::{Batch, BatchId, Disposition},
     policy::retry::Backoff,
-    store::{AttemptEnd, Change, Contents, DeliveryChange, Gap, Store},
+    store::{Change, DeliveryChange, Store},
     telemetry::{
-        lane_event::{AttemptEnded, Died, LaneEvent, Settled},
         metrics::Metrics,
         outage::{News, Outage},
         status::Observer,
     },
 };
-
-/// What a [`Gap`] of this room lacks, and the label of the metric.
-const WHAT: &str = "deliveries";
 
 /// The most changes that wait for the store.
 const MAX_WAITING: usize = 8192;
@@ -64,12 +64,6 @@ const GIVE_UP: Duration = Duration::from_secs(60);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// The time without a loss after which a gap is over.
-const QUIET: Duration = Duration::from_secs(5);
-
-/// The time of losses after which they are recorded, although they go on.
-const LONG_GAP: Duration = Duration::from_secs(5 * 60);
-
 /// The time that the end of the daemon has for what waits.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -94,117 +88,6 @@ pub fn recording(by: &str, metrics: &Metrics) -> (Observer, Recorder) {
     let backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
     let recorder = Recorder { inbox, shared, outage: Outage::default(), backoff };
     (observer.with_digests(), recorder)
-}
-
-/// Calls `change` for each change that a lane's event means.
-fn each_change(
-    event: &LaneEvent<'_>,
-    by: &str,
-    now: SystemTime,
-    mut change: impl FnMut(BatchId, Change),
-) {
-    match event {
-        LaneEvent::AttemptStarted { batch, sha256, .. } => {
-            let (attempt, contents) = (batch.attempts, contents(batch, *sha256));
-            change(batch.id.clone(), Change::Started { attempt, contents, by: by.to_owned() });
-        }
-        LaneEvent::AttemptEnded(AttemptEnded { batch, outcome, disposition, took, .. }) => {
-            if let Some(end) = AttemptEnd::of(outcome) {
-                let attempt = batch.attempts;
-                change(batch.id.clone(), Change::Ended { attempt, took: *took, end });
-            }
-            // The receiver has it, whatever becomes of the ack.
-            if *disposition == Disposition::Delivered {
-                change(batch.id.clone(), Change::Delivered);
-            }
-        }
-        LaneEvent::Unsent { batch_id, .. } => change((*batch_id).clone(), Change::Interrupted),
-        LaneEvent::Settled(settled) => each_settled(settled, now, change),
-        LaneEvent::NotSettled(settled) => {
-            for id in unsettled(settled) {
-                change(id, Change::Interrupted);
-            }
-        }
-        _ => {}
-    }
-}
-
-fn each_settled(settled: &Settled, now: SystemTime, mut change: impl FnMut(BatchId, Change)) {
-    match settled {
-        Settled::Retries { batches, split, delay, .. } => {
-            let due = now + *delay;
-            if let Some(whole) = split {
-                change(whole.clone(), Change::Split);
-            }
-            for batch in batches {
-                let id = batch.id.clone();
-                change(
-                    id,
-                    match split {
-                        Some(_) => Change::Half { due, contents: contents(batch, None) },
-                        None => Change::Retrying { due },
-                    },
-                );
-            }
-        }
-        Settled::DeadLetters(died) => {
-            for died in died {
-                let Died { reason, batch_id, format, events, bytes, prints } = died.clone();
-                let id = batch_id.unwrap_or_else(BatchId::random);
-                let contents = Contents {
-                    format,
-                    events,
-                    bytes: bytes as u64,
-                    sha256: None,
-                    prints,
-                    replay: false,
-                    parent: id.parent(),
-                };
-                change(id, Change::Dead { reason, contents: Some(contents) });
-            }
-        }
-        Settled::Paused(id) => change(id.clone(), Change::Paused),
-        Settled::Delivered | Settled::Recognised { .. } => {}
-    }
-}
-
-/// The attempted batches of a settlement, except those that the receiver has accepted.
-fn unsettled(settled: &Settled) -> Vec<BatchId> {
-    match settled {
-        Settled::Retries { batches, split, .. } => split.as_ref().map_or_else(
-            || batches.iter().map(|b| b.id.clone()).collect(),
-            |whole| vec![whole.clone()],
-        ),
-        Settled::DeadLetters(died) => died.iter().filter_map(|d| d.batch_id.clone()).collect(),
-        Settled::Paused(id) => vec![id.clone()],
-        Settled::Delivered | Settled::Recognised { .. } => Vec::new(),
-    }
-}
-
-fn contents(batch: &Batch, sha256: Option<[u8; 32]>) -> Contents {
-    Contents {
-        format: Some(batch.format),
-        events: batch.events,
-        bytes: batch.body.len() as u64,
-        sha256,
-        prints: batch.prints.clone(),
-        replay: batch.replay,
-        parent: batch.id.parent(),
-    }
-}
-
-/// About the bytes that a change takes.
-fn weight(change: &DeliveryChange) -> usize {
-    let more = match &change.change {
-        Change::Started { contents, .. }
-        | Change::Half { contents, .. }
-        | Change::Dead { contents: Some(contents), .. } => {
-            contents.prints.as_ref().map_or(0, |prints| size_of_val(&**prints))
-        }
-        Change::Ended { end, .. } => end.excerpt.len(),
-        _ => 0,
-    };
-    size_of::<DeliveryChange>() + change.id.as_str().len() + more
 }
 
 /// What the observer and the task share.
@@ -252,58 +135,6 @@ impl Waiting {
         if MAX_WAITING - room + 1 >= GROUP {
             shared.enough.notify_one();
         }
-    }
-}
-
-/// Changes that were dropped and are in no gap of the store yet.
-#[derive(Debug, Default)]
-struct Losses {
-    span: Option<(SystemTime, SystemTime)>,
-    number: u64,
-    /// When the last of them was dropped.
-    last: Option<Instant>,
-    /// Why the store took none; `None` if it was only too slow.
-    outage: Option<String>,
-}
-
-impl Losses {
-    fn add(&mut self, from: SystemTime, until: SystemTime, number: u64) {
-        let (first, last) = self.span.unwrap_or((from, until));
-        self.span = Some((first.min(from), last.max(until)));
-        self.number += number;
-        self.last = Some(clock::instant());
-    }
-
-    /// The store takes changes.
-    fn works(&mut self) {
-        // What is lost from now on has another reason.
-        self.outage = self.outage.take().filter(|_| self.span.is_some());
-    }
-
-    /// The gap that is to be recorded now. `end`: no more losses follow.
-    fn take(&mut self, end: bool) -> Option<Gap> {
-        let (from, until) = self.span?;
-        let is_over = self.last.is_none_or(|last| clock::instant() - last >= QUIET);
-        let is_long = until.duration_since(from).is_ok_and(|long| long >= LONG_GAP);
-        if !(end || is_over || is_long) {
-            return None;
-        }
-        let why = match self.outage.take() {
-            Some(why) => format!("the store did not take them: {why}"),
-            None => "there were more than the store took".to_owned(),
-        };
-        self.span = None;
-        let missing = Some(std::mem::take(&mut self.number));
-        Some(Gap { from, until, what: WHAT, why, missing })
-    }
-
-    /// Takes back a gap that could not be recorded.
-    fn put_back(&mut self, gap: Gap, why: String) {
-        let (first, last) = self.span.unwrap_or((gap.from, gap.until));
-        self.span = Some((first.min(gap.from), last.max(gap.until)));
-        self.number += gap.missing.unwrap_or_default();
-        self.last = Some(clock::instant());
-        self.outage = Some(why);
     }
 }
 
@@ -485,177 +316,16 @@ async fn until(stopped: &mut watch::Receiver<bool>) {
 mod tests {
     use super::*;
     use crate::{
-        delivery::{AttemptLog, Failure, FailureKind, Outcome, PauseCause, Print, Prints, Reason},
-        event::payload::Format,
+        delivery::{Batch, Disposition, Outcome, Print, Prints},
+        history::changes::tests::{batch, ended, started},
         store::{DeliveryState, StoreError, fake::FakeStore},
-        telemetry::status::{Board, LaneReporter},
+        telemetry::{
+            lane_event::LaneEvent,
+            status::{Board, LaneReporter},
+        },
     };
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn batch(id: &str) -> Batch {
-        Batch {
-            id: id.into(),
-            body: "{}".into(),
-            format: Format::Json,
-            events: 2,
-            attempts: 1,
-            first_attempt_at: None,
-            traceparent: None,
-            attempt_log: AttemptLog::default(),
-            prints: Some([Print::of(b"a"), Print::of(b"b")].into()),
-            replay: true,
-        }
-    }
-
-    fn started(batch: &Batch) -> LaneEvent<'_> {
-        LaneEvent::AttemptStarted { number: 1, batch, sha256: Some([7; 32]) }
-    }
-
-    fn ended<'a>(
-        batch: &'a Batch,
-        outcome: &'a Outcome,
-        disposition: Disposition,
-    ) -> LaneEvent<'a> {
-        let (number, shortened_from, took) = (1, None, SECOND);
-        LaneEvent::AttemptEnded(AttemptEnded {
-            number,
-            batch,
-            outcome,
-            disposition,
-            shortened_from,
-            took,
-        })
-    }
-
-    #[test]
-    fn each_event_of_a_lane_is_recorded_as_the_changes_that_it_means() {
-        let (whole, half) = (batch("msg_1"), batch("msg_1_0"));
-        let contents = |sha256, parent: Option<&str>| Contents {
-            format: Some(Format::Json),
-            events: 2,
-            bytes: 2,
-            sha256,
-            prints: whole.prints.clone(),
-            replay: true,
-            parent: parent.map(BatchId::from),
-        };
-        let begun = |parent| Change::Started {
-            attempt: 1,
-            contents: contents(Some([7; 32]), parent),
-            by: "here".to_owned(),
-        };
-        let end = |status, failure, excerpt: &str| Change::Ended {
-            attempt: 1,
-            took: SECOND,
-            end: AttemptEnd { status, failure, excerpt: excerpt.to_owned() },
-        };
-        let accepted = Outcome::Delivered { status: 204 };
-        let failure = Failure::Status { status: 503, excerpt: "busy".to_owned() };
-        let refused = Outcome::Retry { failure, retry_after: None };
-        let retries = |batches: &[&Batch], split: Option<&str>| Settled::Retries {
-            batches: batches.iter().map(|b| (*b).clone()).collect(),
-            split: split.map(BatchId::from),
-            delay: SECOND,
-            arrived_at: NOW,
-        };
-        let due = NOW + SECOND;
-        let died = Died {
-            reason: Reason::Refused,
-            batch_id: Some(half.id.clone()),
-            format: Some(Format::Json),
-            events: 2,
-            bytes: 2,
-            prints: whole.prints.clone(),
-        };
-        let dead = || Settled::DeadLetters(vec![died.clone()]);
-        let given_up = Contents { replay: false, ..contents(None, Some("msg_1")) };
-        let retry = Disposition::Retry { delay: SECOND };
-        for (event, expected) in [
-            (started(&whole), vec![("msg_1", begun(None))]),
-            (started(&half), vec![("msg_1_0", begun(Some("msg_1")))]),
-            (
-                ended(&whole, &accepted, Disposition::Delivered),
-                vec![("msg_1", end(Some(204), None, "")), ("msg_1", Change::Delivered)],
-            ),
-            (
-                ended(&whole, &refused, retry),
-                vec![("msg_1", end(Some(503), Some(FailureKind::Status), "busy"))],
-            ),
-            (
-                ended(&whole, &refused, Disposition::Paused(PauseCause::Exhausted)),
-                vec![("msg_1", end(Some(503), Some(FailureKind::Status), "busy"))],
-            ),
-            (
-                LaneEvent::Unsent { number: 1, batch_id: &whole.id, why: "no port" },
-                vec![("msg_1", Change::Interrupted)],
-            ),
-            (
-                LaneEvent::Settled(retries(&[&whole], None)),
-                vec![("msg_1", Change::Retrying { due })],
-            ),
-            (
-                LaneEvent::Settled(retries(&[&half], Some("msg_1"))),
-                vec![
-                    ("msg_1", Change::Split),
-                    ("msg_1_0", Change::Half { due, contents: contents(None, Some("msg_1")) }),
-                ],
-            ),
-            (
-                LaneEvent::Settled(dead()),
-                vec![(
-                    "msg_1_0",
-                    Change::Dead { reason: Reason::Refused, contents: Some(given_up) },
-                )],
-            ),
-            (
-                LaneEvent::Settled(Settled::Paused(whole.id.clone())),
-                vec![("msg_1", Change::Paused)],
-            ),
-            (LaneEvent::Settled(Settled::Delivered), vec![]),
-            (LaneEvent::NotSettled(retries(&[&whole], None)), vec![("msg_1", Change::Interrupted)]),
-            (
-                LaneEvent::NotSettled(retries(&[&half], Some("msg_1"))),
-                vec![("msg_1", Change::Interrupted)],
-            ),
-            (LaneEvent::NotSettled(dead()), vec![("msg_1_0", Change::Interrupted)]),
-            (
-                LaneEvent::NotSettled(Settled::Paused(whole.id.clone())),
-                vec![("msg_1", Change::Interrupted)],
-            ),
-            (LaneEvent::NotSettled(Settled::Delivered), vec![]),
-            (LaneEvent::QueueRestored, vec![]),
-        ] {
-            let mut changes = Vec::new();
-            each_change(&event, "here", NOW, |id, change| changes.push((id, change)));
-            let expected: Vec<_> =
-                expected.into_iter().map(|(id, change)| (BatchId::from(id), change)).collect();
-            assert_eq!(changes, expected, "{event:?}");
-        }
-    }
-
-    #[test]
-    fn an_event_that_died_without_an_attempt_is_a_delivery_of_its_own() {
-        let died = Died {
-            reason: Reason::TooLarge,
-            batch_id: None,
-            format: None,
-            events: 1,
-            bytes: 9,
-            prints: None,
-        };
-        let mut ids = Vec::new();
-        let event = LaneEvent::Settled(Settled::DeadLetters(vec![died.clone(), died.clone()]));
-        each_change(&event, "here", NOW, |id, change| {
-            assert!(matches!(change, Change::Dead { contents: Some(_), .. }), "{change:?}");
-            ids.push(id);
-        });
-        assert!(ids.len() == 2 && ids[0] != ids[1], "{ids:?}");
-        let event = LaneEvent::NotSettled(Settled::DeadLetters(vec![died]));
-        each_change(&event, "here", NOW, |id, _| panic!("{id} was never attempted"));
-    }
-
     fn here() -> watch::Receiver<Keeps> {
         watch::Sender::new(Keeps::Here).subscribe()
     }
@@ -893,23 +563,5 @@ mod tests {
         running.await.expect("ends");
         // The recorder of events adds the gap of the other store's time.
         assert_eq!((dropped(&fixture.board), store.memory().gaps.len()), (0, 0));
-    }
-
-    #[test]
-    fn losses_are_one_gap_until_they_are_over_or_last_for_long() {
-        let mut losses = Losses::default();
-        assert_eq!(losses.take(true), None);
-        losses.add(NOW + SECOND, NOW + SECOND, 1);
-        losses.add(NOW, NOW + 2 * SECOND, 3);
-        assert_eq!(losses.take(false), None, "more may follow");
-        losses.outage = Some("the disk is full".to_owned());
-        let gap = losses.take(true).expect("a gap");
-        assert_eq!((gap.from, gap.until, gap.missing), (NOW, NOW + 2 * SECOND, Some(4)));
-        assert!(gap.why.contains("the disk is full"), "{}", gap.why);
-        losses.put_back(gap, "away".to_owned());
-        losses.add(NOW, NOW + LONG_GAP, 1);
-        let gap = losses.take(false).expect("it lasts for long");
-        assert_eq!((gap.from, gap.until, gap.missing), (NOW, NOW + LONG_GAP, Some(5)));
-        assert_eq!(losses.take(true), None);
     }
 }
