@@ -13,8 +13,10 @@ mod fault;
 mod hours;
 mod kept;
 mod keyring;
+mod merge;
 mod open;
 mod replays;
+mod reseal;
 mod schema;
 mod sealed;
 mod search;
@@ -45,8 +47,8 @@ use self::{
     upkeep::{Disk, Shared, free_and_all},
 };
 pub use self::{
-    kept::{Resealed, seal_again},
     open::{OpenLog, SqliteConfig},
+    reseal::{Resealed, seal_again},
 };
 use super::{
     Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventCounts,

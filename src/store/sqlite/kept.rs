@@ -21,7 +21,8 @@ use tokio::{
 use super::{
     copy::{Contents, Copy},
     keyring::Keyring,
-    open::{self, Precious, SqliteConfig},
+    merge::{Merged, merge},
+    open::{self, SqliteConfig},
     schema::{self, COPY_FILE, STORE_FILE},
     sealed::{self, Change, Rows, SealedRow},
 };
@@ -46,9 +47,9 @@ const NAMES: usize = 10;
 /// The subscribers of a store.
 #[derive(Debug)]
 pub(super) struct Kept {
-    keyring: Keyring,
+    pub(super) keyring: Keyring,
     /// Held during each change, so that the copy follows in the same order.
-    copy: Arc<Mutex<Copy>>,
+    pub(super) copy: Arc<Mutex<Copy>>,
     copy_path: PathBuf,
     lag: Arc<Lag>,
     /// Counts how often they have to be read again.
@@ -249,7 +250,7 @@ impl Kept {
         );
     }
 
-    fn until(&self) -> Instant {
+    pub(super) fn until(&self) -> Instant {
         Instant::from_std(clock::instant()) + self.timeout
     }
 
@@ -287,7 +288,7 @@ impl Kept {
     }
 
     /// Also returns whether both files have what was read.
-    async fn read_until(
+    pub(super) async fn read_until(
         &self,
         db: Result<Database, StoreError>,
         until: Instant,
@@ -526,96 +527,6 @@ impl Kept {
     }
 }
 
-/// What came of sealing all subscribers again.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Resealed {
-    /// The number of those that another key had sealed.
-    pub resealed: usize,
-    /// The number of those that the first key had sealed.
-    pub were: usize,
-    /// Those that cannot be opened.
-    pub locked: Vec<String>,
-    /// What else is wrong with them.
-    pub problems: Vec<String>,
-}
-
-/// Seals all subscribers with the first key, in the store and in its copy; without a daemon.
-///
-/// # Errors
-/// A daemon has the store, or it cannot be read or written, or there is no key.
-pub async fn seal_again(config: &SqliteConfig) -> Result<Resealed, StoreError> {
-    let path = config.data_dir.join(STORE_FILE);
-    if !path.exists() {
-        return Err(StoreError::new(format!("there is no store `{}`", path.display())));
-    }
-    let held = open::lock_store(&config.data_dir)?;
-    let resealed = seal_locked(config).await;
-    // Also if it has failed: the lock would say that a daemon was killed.
-    if held.ended_well {
-        held.ends_well();
-    }
-    resealed
-}
-
-async fn seal_locked(config: &SqliteConfig) -> Result<Resealed, StoreError> {
-    let with = config.clone();
-    let opened = blocking(move || Precious::open(&with)).await;
-    let db = opened.map_err(|e| StoreError::new(e.to_string()))?.db;
-    let resealed = Kept::new(config).seal_again(&db).await;
-    db.close().await;
-    resealed
-}
-
-impl Kept {
-    async fn seal_again(&self, db: &Database) -> Result<Resealed, StoreError> {
-        // First of all what one of the two lacks: the copy is written from the store below.
-        let (KeptSubscribers { problems, .. }, in_step) =
-            self.read_until(Ok(db.clone()), self.until()).await;
-        if !in_step {
-            let why =
-                "the store and its copy cannot be brought into step, and nothing is sealed again";
-            return Err(StoreError::new(format!("{why}: {}", problems.join("; "))));
-        }
-        let keyring = self.keyring.clone();
-        let keys = blocking(move || keyring.read()).await?;
-        if keys.first().is_none() {
-            return Err(StoreError::new(format!("{} has no key", self.keyring.place())));
-        }
-        let failed = |e: sqlite::Error| StoreError::new(e.to_string());
-        let seal = move |db: &Connection| seal_rows(db, &keys);
-        let mut resealed = db.write(seal).await.map_err(failed)?;
-        resealed.problems = problems;
-        let rows = db.read(sealed::all).await.map_err(failed)?;
-        let mut copy = self.copy.clone().lock_owned().await;
-        let of = copy.path().display().to_string();
-        blocking(move || copy.rewrite(rows.values())).await.map_err(|e| {
-            StoreError::new(
-                sqlite::denied(
-                    &format!("`{of}` cannot be written; the old key is needed for it"),
-                    &e,
-                )
-                .to_string(),
-            )
-        })?;
-        Ok(resealed)
-    }
-}
-
-fn seal_rows(db: &Connection, keys: &SealKeys) -> rusqlite::Result<Resealed> {
-    let mut result = Resealed::default();
-    for mut row in sealed::all(db)?.into_values().filter(|row| row.sealed.is_some()) {
-        match row.seal_again(keys, clock::secret_bytes()) {
-            Ok(true) => {
-                sealed::write(db, &row)?;
-                result.resealed += 1;
-            }
-            Ok(false) => result.were += 1,
-            Err(_) => result.locked.push(row.name),
-        }
-    }
-    Ok(result)
-}
-
 /// The copy while it is compared.
 struct Copies {
     copy: OwnedMutexGuard<Copy>,
@@ -729,48 +640,6 @@ fn open_all(
     }
 }
 
-/// The rows of the store and of its copy together.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Merged {
-    rows: Rows,
-    /// Those that the store has to get from the copy.
-    put_back: Vec<SealedRow>,
-    /// Subscribers that the store lacked.
-    lost: Vec<String>,
-    /// Subscribers of which the store had an older version.
-    older: Vec<String>,
-    /// Deleted subscribers that the store still had.
-    undead: Vec<String>,
-}
-
-/// Takes the later row of each name; of two with the same version the one that can be opened.
-fn merge(stored: Rows, copied: &Rows, keys: &SealKeys) -> Merged {
-    let mut merged = Merged { rows: stored, ..Merged::default() };
-    for (name, copy) in copied {
-        let row = merged.rows.get(name);
-        let is_open = |row: &SealedRow| row.open(keys).is_none_or(|opened| opened.is_ok());
-        let wins = row.is_none_or(|row| {
-            row.version < copy.version
-                || (row.version == copy.version && !is_open(row) && is_open(copy))
-        });
-        if !wins {
-            continue;
-        }
-        let is_kept = row.is_some_and(|row| row.sealed.is_some());
-        match (is_kept, copy.sealed.is_some()) {
-            (false, true) => merged.lost.push(name.clone()),
-            (true, true) if row.is_some_and(|row| row.version < copy.version) => {
-                merged.older.push(name.clone());
-            }
-            (true, false) => merged.undead.push(name.clone()),
-            (true, true) | (false, false) => {}
-        }
-        merged.put_back.push(copy.clone());
-        merged.rows.insert(name.clone(), copy.clone());
-    }
-    merged
-}
-
 /// Some names, and how many more there are.
 fn listed(names: &[String]) -> String {
     let some: Vec<String> = names.iter().take(NAMES).map(|name| format!("`{name}`")).collect();
@@ -781,7 +650,7 @@ fn listed(names: &[String]) -> String {
 }
 
 /// Runs what blocks its thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(e) => std::panic::resume_unwind(e.into_panic()),
