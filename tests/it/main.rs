@@ -69,6 +69,7 @@ mod queues {
     mod amqp {
         mod history;
         mod history_connection;
+        mod history_gaps;
         mod topology;
         mod upkeep;
     }
