@@ -80,7 +80,7 @@ async function way(browser, javaScriptEnabled) {
   step(`${name}: the receiver breaks, which the overview says`);
   await someone.open('/console/');
   const figures = page.getByRole('region', { name: 'Subscribers' }).getByRole('row', { name: new RegExp(`^${name} `) });
-  const retrying = figures.getByRole('cell').nth(3);
+  const retrying = figures.getByRole('cell').nth(4);
   assert.equal(await retrying.innerText(), '0');
   if (javaScriptEnabled) await page.evaluate('globalThis.wasLoadedOnce = true');
   await ask('answer', '500');

@@ -288,7 +288,13 @@ impl Relay<'_> {
                 }
             }
         }
-        self.insist(lease, refused).await?;
+        if !refused.is_empty() {
+            tracing::debug!(
+                messages = refused.len(),
+                "a queue refused events; each queue that wants them gets them directly"
+            );
+            self.insist(lease, refused).await?;
+        }
         Ok(unmatched)
     }
 
@@ -306,7 +312,7 @@ impl Relay<'_> {
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
         let mut handing_over =
             ReportedOutage::new("a queue's room for relayed events", Harms::Queue, self.troubles);
-        while !refused.is_empty() {
+        loop {
             let results = self.published(&refused).await?;
             if let Some((m, _)) = refused
                 .iter()

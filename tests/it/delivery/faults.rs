@@ -611,9 +611,10 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
         full.now(|_, _| status(200));
         full.wait_all(sent).await;
         // Each event of the group with the refused one came once more; those of other groups did
-        // not.
+        // not. There may be room again when they are published directly: then only the debug log
+        // tells of the refusal.
         let copies = repeated(&good);
-        let refusals = logged("room for relayed events fails; it is retried");
+        let refusals = logged("each queue that wants them gets them directly");
         assert!(copies <= 10 * refusals, "{copies} of {sent} arrived again, {refusals} refusals");
         broker.wait_depth("sub.full", 0).await;
         connection.close(200, "done".into()).await.expect("closes");
