@@ -98,7 +98,7 @@ impl Onward {
     /// A form that was sent to a path, without its secrets. Each such path has a page too.
     pub(super) fn form(path: &str, form: Form) -> Self {
         let mut typed = NOT_KEPT.into_iter().fold(form, Form::without);
-        let changed = match without_password(typed.get("url")) {
+        let changed = match without_userinfo(typed.get("url")) {
             Cow::Owned(url) => Some(url),
             Cow::Borrowed(_) => None,
         };
@@ -117,19 +117,31 @@ impl Onward {
     }
 }
 
-/// What was typed, but for the password of a URL.
-pub(super) fn without_password(typed: &str) -> Cow<'_, str> {
+/// A URL as it was typed, but for its userinfo: its password may be a secret, and so may its name.
+pub(super) fn without_userinfo(typed: &str) -> Cow<'_, str> {
     match typed.trim().parse::<Url>() {
-        Ok(mut url) if url.password().is_some() => {
-            // It has a host, or it would have no password.
+        Ok(mut url) if url.has_host() => {
+            if url.username().is_empty() && url.password().is_none() {
+                return typed.into();
+            }
+            // It has a host, or it would have no userinfo.
             url.set_password(None).ok();
+            url.set_username("").ok();
             url.to_string().into()
         }
-        // No URL yet, and what stands before the sign may be a password.
-        Err(_) if typed.contains('@') => {
-            typed.rsplit('@').next().unwrap_or_default().to_owned().into()
-        }
-        _ => typed.into(),
+        // No URL of a host, and what stands before the last sign may be userinfo: a scheme was
+        // forgotten or has a mistake, or something behind it has.
+        _ => match typed.rsplit_once('@') {
+            Some((before, rest)) => {
+                let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme).trim();
+                let is_scheme = scheme.bytes().all(|b| b.is_ascii_alphanumeric());
+                match is_scheme && !scheme.is_empty() {
+                    true => format!("{scheme}://{rest}").into(),
+                    false => rest.to_owned().into(),
+                }
+            }
+            None => typed.into(),
+        },
     }
 }
 
@@ -181,7 +193,7 @@ pub(super) fn page(said: Said, onward: &Onward) -> Response {
                 @if said == Said::SignedOut {
                     div.note.warn role="status" {
                         p { strong { "You were signed out, and nothing was done." } " A browser stays signed in for 12 hours, and no longer than its token is valid." }
-                        @if typed.fields().next().is_some() { p { "After the sign-in the form is here again as you filled it in, but for a signing secret and a password in a URL." } }
+                        @if typed.fields().next().is_some() { p { "After the sign-in the form is here again as you filled it in, but for a signing secret, and the name and password in a URL." } }
                     }
                 }
                 form method="post" action="/console/sign-in" {
@@ -245,6 +257,41 @@ mod tests {
         }
         let known = doorman.wrong.lock().expect("no panic").len();
         assert!(known <= ADDRESSES, "{known}");
+    }
+
+    #[test]
+    fn a_url_is_kept_without_its_userinfo_whatever_is_wrong_with_it() {
+        for (typed, kept) in [
+            ("https://me:hunter2@host/x?y#z", "https://host/x?y#z"),
+            ("https://hunter2@host/", "https://host/"),
+            ("https://:hunter2@host:8443/", "https://host:8443/"),
+            (" https:me:hunter2@host", "https://host/"),
+            ("ws://me:hunter2@host/", "ws://host/"),
+            // No scheme, and one without a host.
+            ("me:hunter2@host/x", "host/x"),
+            ("hunter2@host", "host"),
+            ("//me:hunter2@host", "host"),
+            ("me:hunt@er2@host", "host"),
+            ("http//me:hunter2@host/", "host/"),
+            // No host, or a port that is none.
+            ("https://me:hunter2@", "https://"),
+            ("https://me:hunter2@ho st/", "https://ho st/"),
+            ("https://me:hunt/er2@host/", "https://host/"),
+            ("https://me:hunter2@host:port/", "https://host:port/"),
+            ("me:hunter2://x@host", "host"),
+        ] {
+            assert_eq!(without_userinfo(typed), kept, "{typed}");
+        }
+        for whole in [
+            "",
+            "host/x",
+            "https://host/@me?to=a@b",
+            "https://host/x?[redacted]",
+            "http://[::1]:8080/",
+            " https://host ",
+        ] {
+            assert!(matches!(without_userinfo(whole), Cow::Borrowed(same) if same == whole));
+        }
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use crate::support::{
 };
 
 /// A daemon that manages webhooks, whose requests may go to this machine.
-fn managing(api: &Api) -> String {
+pub(super) fn managing(api: &Api) -> String {
     api.section()
         + &format!("token = \"{TOKEN}\"\nmanage = true\n")
         + "[admin.api_subscribers]\nallow_http = true\nallow_addresses = [\"127.0.0.0/8\"]\n"
@@ -23,7 +23,7 @@ fn managing(api: &Api) -> String {
 }
 
 /// Sends a form, again while the store is not open yet.
-async fn send(browser: &Browser, path: &str, form: &[(&str, &str)]) -> Seen {
+pub(super) async fn send(browser: &Browser, path: &str, form: &[(&str, &str)]) -> Seen {
     let mut seen = None;
     eventually("the store is open", async || {
         let answer = browser.post(path, form, &[]).await;
@@ -33,6 +33,12 @@ async fn send(browser: &Browser, path: &str, form: &[(&str, &str)]) -> Seen {
     })
     .await;
     seen.expect("an answer")
+}
+
+/// What a field of one line shows.
+pub(super) fn line(page: &str, name: &str) -> String {
+    let (_, rest) = page.split_once(&format!(" name=\"{name}\" value=\"")).expect(name);
+    unescaped(rest.split('"').next().expect("its text"))
 }
 
 /// The text of the page's secret.
@@ -62,7 +68,7 @@ fn a_webhook_is_tried_made_changed_given_a_new_secret_and_removed() {
             ("format", "jsonl"),
             ("events", "user.*\nlogin.#"),
             ("signature", "standard-webhooks"),
-            ("description", "the <b>SOC</b>"),
+            ("description", "Ask <b>ops@example.com</b>"),
         ];
         let seen = browser.post("/console/new-webhook/test", &form, &[]).await;
         assert!(seen.status == 200 && seen.text.contains("Test: answered 200"), "{}", seen.text);
@@ -90,6 +96,22 @@ fn a_webhook_is_tried_made_changed_given_a_new_secret_and_removed() {
                 && !edit.contains(&first),
             "{edit}"
         );
+        // Sent as it was shown, it changes nothing.
+        let (version, url) = (field(&edit, "version"), line(&edit, "url"));
+        let description = line(&edit, "description");
+        let shown = [
+            ("form_key", own.as_str()),
+            ("version", version.as_str()),
+            ("url", url.as_str()),
+            ("format", "jsonl"),
+            ("events", "user.*\r\nlogin.#"),
+            ("signature", "standard-webhooks"),
+            ("description", description.as_str()),
+        ];
+        let seen = send(&browser, "/console/webhooks/siem/edit", &shown).await;
+        assert_eq!(seen.status, 303, "{}", seen.text);
+        let edit = browser.page("/console/webhooks/siem/edit").await;
+        assert_eq!(line(&edit, "description"), "Ask <b>ops@example.com</b>");
         let version = field(&edit, "version");
         let change = [
             ("form_key", own.as_str()),
@@ -188,14 +210,14 @@ fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept(
                 assert_inert(&seen.text, wrong);
             }
         }
-        // A password in a URL is not shown, and the form says that it is gone.
+        // The userinfo of a URL is not shown, and the form says that it is gone.
         let form =
             [sound[0], sound[1], ("url", "https://me:a-password@127.0.0.1/"), ("format", "xml")];
         let seen = browser.post("/console/new-webhook", &form, &[]).await;
         assert!(
             seen.status == 400
-                && seen.text.contains("value=\"https://me@127.0.0.1/\"")
-                && seen.text.contains("type it again")
+                && seen.text.contains("value=\"https://127.0.0.1/\"")
+                && seen.text.contains("type them again")
                 && !seen.text.contains("a-password"),
             "{}",
             seen.text
@@ -237,7 +259,7 @@ fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept(
 }
 
 /// The text of an element that is named by its label.
-fn labelled(page: &str, label: &str) -> String {
+pub(super) fn labelled(page: &str, label: &str) -> String {
     let (_, rest) = page.split_once(&format!("aria-label=\"{label}\">")).expect(label);
     unescaped(rest.split('<').next().expect("its text"))
 }
@@ -342,10 +364,10 @@ fn a_form_shows_the_types_that_it_matches_and_an_example_and_sends_nothing() {
 }
 
 /// A signing secret that was typed.
-const TYPED: &str = "whsec_bWluZQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+pub(super) const TYPED: &str = "whsec_bWluZQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
 
 /// Verifies the example as a receiver would.
-fn verify(secret: &str, headers: &str, body: &str) {
+pub(super) fn verify(secret: &str, headers: &str, body: &str) {
     let header =
         |name: &str| headers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
     let now: u64 = header("webhook-timestamp").expect("a time").parse().expect("a number");
@@ -355,7 +377,7 @@ fn verify(secret: &str, headers: &str, body: &str) {
 }
 
 /// The hidden fields of a page's form, as a browser sends them.
-fn hidden(page: &str) -> Vec<(String, String)> {
+pub(super) fn hidden(page: &str) -> Vec<(String, String)> {
     let fields = page.split("<input type=\"hidden\" name=\"").skip(1);
     let fields = fields.map(|rest| {
         let name = rest.split('"').next().expect("a name").to_owned();
@@ -363,6 +385,13 @@ fn hidden(page: &str) -> Vec<(String, String)> {
         (name, unescaped(value.expect("a value")))
     });
     fields.collect()
+}
+
+/// Signs in with these fields of the page of the sign-in. Returns its answer too.
+pub(super) async fn signed_in_with(api: &Api, typed: &[(String, String)]) -> (Browser, Seen) {
+    let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let all: Vec<_> = all.chain([("token", TOKEN)]).collect();
+    Browser::new(api).signs_in(&all).await
 }
 
 #[test]
@@ -402,14 +431,12 @@ fn what_was_typed_outlives_the_session_without_its_secrets_and_is_sent_by_the_us
             }
             // A wrong token loses nothing.
             let typed = hidden(&seen.text);
-            let with = |token: &'static str| {
-                let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-                all.chain([("token", token)]).collect::<Vec<_>>()
-            };
-            let wrong = out.post("/console/sign-in", &with("wrong"), &[]).await;
+            let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+            let wrong: Vec<_> = all.chain([("token", "wrong")]).collect();
+            let wrong = out.post("/console/sign-in", &wrong, &[]).await;
             assert_eq!(hidden(&wrong.text), typed, "{}", wrong.text);
 
-            let (browser, seen) = Browser::new(&api).signs_in(&with(TOKEN)).await;
+            let (browser, seen) = signed_in_with(&api, &typed).await;
             let to = seen.header("location");
             assert!(seen.status == 303 && to.starts_with(&format!("{path}?draft=")), "{to}");
             let page = browser.page(to).await;
@@ -432,10 +459,7 @@ fn what_was_typed_outlives_the_session_without_its_secrets_and_is_sent_by_the_us
         // An action leads back to its page.
         let pause = "/console/webhooks/old/pause";
         let seen = out.post(pause, &[("form_key", "x"), ("why", "a look")], &[]).await;
-        let typed = hidden(&seen.text);
-        let all = typed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let all: Vec<_> = all.chain([("token", TOKEN)]).collect();
-        let (browser, seen) = Browser::new(&api).signs_in(&all).await;
+        let (browser, seen) = signed_in_with(&api, &hidden(&seen.text)).await;
         let page = browser.page(seen.header("location")).await;
         assert!(page.contains("Pause old") && page.contains("value=\"a look\""), "{page}");
         assert!(!browser.page("/console/webhooks/old").await.contains("a look"));

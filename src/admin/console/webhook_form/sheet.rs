@@ -17,7 +17,7 @@ use crate::admin::{
         form::Form,
         page::{Mistakes, Page, Place, form_key, path_to, text},
         session::Session,
-        sign_in::without_password,
+        sign_in::without_userinfo,
     },
     view::{FieldError, ProblemKind, Tested},
 };
@@ -51,7 +51,7 @@ impl Sheet<'_> {
             div.head { h1 { (text(&title)) } }
             @if let Some(refusal) = refusal { (problem(refusal, name)) }
             @if is_kept {
-                div.note.warn role="status" { p { strong { "You were signed out meanwhile, and nothing was sent." } " What you typed is here again, but for a signing secret and a password in the URL: type those again." } }
+                div.note.warn role="status" { p { strong { "You were signed out meanwhile, and nothing was sent." } " What you typed is here again, but for a signing secret, and the name and password in the URL: type those again." } }
             }
             div.sheet {
                 section.card.pad aria-label="Configuration" {
@@ -121,10 +121,10 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
     let chosen = |field: &str, value: &str| form.get(field) == value;
     html! {
         @if is_new {
-            (line(form, mistakes, "name", "Name", "siem", "1 to 64 of a-z, 0-9 and -; it names the queues, and stays."))
+            (line(form.get("name"), mistakes, "name", "Name", "siem", "1 to 64 of a-z, 0-9 and -; it names the queues, and stays."))
         }
-        @let has_password = matches!(without_password(form.get("url")), Cow::Owned(_));
-        (line(form, mistakes, "url", "URL", "https://example.com/hooks", if has_password { "A password is not shown: type it again, behind the name." } else { "Each batch is POSTed there." }))
+        @let url = without_userinfo(form.get("url"));
+        (line(&url, mistakes, "url", "URL", "https://example.com/hooks", if matches!(url, Cow::Owned(_)) { "Its name and password are not shown: type them again, before the host." } else { "Each batch is POSTed there." }))
         div.field {
             label for="format" { "Payload format" }
             select id="format" name="format" aria-invalid=[mistakes.is_wrong("format")] aria-describedby=[mistakes.described_by("format")] {
@@ -155,7 +155,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
             span.hint { @if is_new { "Empty: one is made, and shown once." } @else { "Empty: the secret in use stays. One that is typed replaces it at once; " a href=(actions::path(name.unwrap_or_default(), "secret")) { "New secret" } " lets both sign for a while." } }
             (mistakes.beside("secret"))
         }
-        (line(form, mistakes, "description", "Description", "", ""))
+        (line(form.get("description"), mistakes, "description", "Description", "", ""))
         @if is_new {
             div.check {
                 input id="start_paused" name="start_paused" type="checkbox" checked[chosen("start_paused", "on")];
@@ -166,7 +166,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
 }
 
 fn line(
-    form: &Form,
+    value: &str,
     mistakes: &Mistakes<'_>,
     field: &str,
     label: &str,
@@ -176,7 +176,7 @@ fn line(
     html! {
         div.field {
             label for=(field) { (label) }
-            input id=(field) name=(field) value=(without_password(form.get(field))) placeholder=(example) autocomplete="off" spellcheck="false"
+            input id=(field) name=(field) value=(value) placeholder=(example) autocomplete="off" spellcheck="false"
                 aria-invalid=[mistakes.is_wrong(field)] aria-describedby=[mistakes.described_by(field)];
             @if !hint.is_empty() && mistakes.is_wrong(field).is_none() { span.hint { (hint) } }
             (mistakes.beside(field))
