@@ -59,7 +59,20 @@ impl Remembered {
         batches: impl Iterator<Item = &str>,
     ) -> Result<Self, StoreError> {
         let store = SqliteStore::read_only(config(data_dir, is_log))?;
-        let mut this = Self { gaps: store.reach().await?.gaps, ..Self::default() };
+        let reach = store.reach().await?;
+        let mut this = Self { gaps: reach.gaps, ..Self::default() };
+        // A daemon that died before it had opened its first store has left no gap: what it did is from
+        // before history began, and that is what every answer says then.
+        let begun = reach.why.strip_prefix("history began on ");
+        if let Some(begun) = begun.and_then(|at| humantime::parse_rfc3339(at).ok()) {
+            this.gaps.push(Gap {
+                from: SystemTime::UNIX_EPOCH,
+                until: begun + Duration::from_secs(1), // told in whole seconds
+                what: "deliveries",
+                why: reach.why,
+                missing: None,
+            });
+        }
         // A daemon whose store has no history keeps no deliveries either, until that ends: the gap is
         // extended now and then.
         for gap in this.gaps.iter_mut().filter(|gap| gap.why.contains("another store had")) {
