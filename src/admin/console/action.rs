@@ -162,7 +162,7 @@ pub(super) fn link(to: &str, label: &str) -> Markup {
 pub(super) fn same(command: &str) -> Markup {
     html! {
         h2 { "The same in a shell" }
-        pre tabindex="0" aria-label="Command" { (lines(command)) }
+        pre role="group" tabindex="0" aria-label="Command" { (lines(command)) }
     }
 }
 

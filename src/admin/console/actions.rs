@@ -222,11 +222,11 @@ pub(super) fn report(tested: &Tested) -> Markup {
             details {
                 summary { "Request and answer" }
                 p.muted.small { "POST " (text(&tested.url)) }
-                pre tabindex="0" aria-label="Request" {
+                pre role="group" tabindex="0" aria-label="Request" {
                     @for (name, value) in &tested.headers { (text(name)) ": " (text(value.as_str().unwrap_or_default())) "\n" }
                     "\n" (lines(&tested.body))
                 }
-                @if let Some(answer) = &tested.answer { pre tabindex="0" aria-label="Answer" { (lines(answer)) } }
+                @if let Some(answer) = &tested.answer { pre role="group" tabindex="0" aria-label="Answer" { (lines(answer)) } }
             }
         }
     }

@@ -333,7 +333,7 @@ fn shown(body: Option<&str>, base64: Option<&str>) -> Markup {
     let part = &whole[..whole.floor_char_boundary(MAX_BODY)];
     html! {
         @if body.is_none() { p.muted { "It is not UTF-8; here as base64." } }
-        pre tabindex="0" aria-label="Body" { (lines(part)) }
+        pre role="group" tabindex="0" aria-label="Body" { (lines(part)) }
         @if part.len() < whole.len() { p.muted.small { "The beginning of it; " code { "hooktrail dead show" } " has all." } }
     }
 }

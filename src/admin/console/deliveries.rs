@@ -212,7 +212,7 @@ pub(super) fn one(
             }
         }
         h2 { "In a shell" }
-        pre tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&actions::word(&one.id))) "\nhooktrail resend " (text(&actions::word(&one.id))) }
+        pre role="group" tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&actions::word(&one.id))) "\nhooktrail resend " (text(&actions::word(&one.id))) }
     })
 }
 
@@ -239,7 +239,7 @@ fn attempt_of(attempt: &Attempt) -> Markup {
                 @if let Some(ms) = attempt.duration_ms { " · took " (rounded(std::time::Duration::from_millis(ms))) }
                 " · by " (text(&attempt.by))
             }
-            @if let Some(excerpt) = &attempt.excerpt { pre tabindex="0" aria-label="Answer" { (text(excerpt)) } }
+            @if let Some(excerpt) = &attempt.excerpt { pre role="group" tabindex="0" aria-label="Answer" { (text(excerpt)) } }
         }
     }
 }

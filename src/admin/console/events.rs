@@ -267,12 +267,12 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
         @if let Some(changes) = body.and_then(|body| body.changes) { (changed(&changes)) }
         h2 { "Published bytes" }
         @match (&found.body, &found.body_base64) {
-            (Some(body), _) => pre tabindex="0" aria-label="Published bytes" { (lines(body)) },
-            (None, Some(base64)) => { p.muted { "These are not UTF-8; in base64:" } pre tabindex="0" aria-label="Published bytes in base64" { (text(base64)) } },
+            (Some(body), _) => pre role="group" tabindex="0" aria-label="Published bytes" { (lines(body)) },
+            (None, Some(base64)) => { p.muted { "These are not UTF-8; in base64:" } pre role="group" tabindex="0" aria-label="Published bytes in base64" { (text(base64)) } },
             (None, None) => p.muted { "Not kept: " code { "[history] bodies" } " is false." },
         }
         h2 { "In a shell" }
-        pre tabindex="0" aria-label="Command" { "hooktrail where " (event.number) }
+        pre role="group" tabindex="0" aria-label="Command" { "hooktrail where " (event.number) }
         div.head {} (reach(&found.history, "deliveries"))
     })
 }

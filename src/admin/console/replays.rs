@@ -30,6 +30,7 @@ use crate::{
     },
     queue::Queue,
     store::Store,
+    wording::counted,
 };
 
 const COLUMNS: [Column; 7] = [
@@ -123,7 +124,7 @@ fn row(session: &Session, one: &Replay) -> Markup {
                 }
             }
             td.number { (number(one.read)) span.sub { "of " (number(one.rows)) } }
-            td.number { (number(one.enqueued)) span.sub { (number(one.batches)) " batches" } }
+            td.number { (number(one.enqueued)) span.sub { (counted(one.batches, "batch(es)")) } }
             td.wide {
                 @if let Some((action, label)) = action.filter(|_| session.caller.may_change()) {
                     (actions::link(&path_to(&path_to(Place::Replays.path(), &one.id), action), label))

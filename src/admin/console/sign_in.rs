@@ -232,7 +232,7 @@ pub(super) fn needs_a_token() -> Response {
                 h1 { "The console needs a token" }
                 p { "Events and deliveries are shown only with a token, on this machine too, and this daemon's configuration has none." }
                 p { "Add one, and start the daemon again:" }
-                pre tabindex="0" aria-label="Lines of the configuration" { "[admin]\ntoken = \"${HOOKTRAIL_ADMIN_TOKEN}\"" }
+                pre role="group" tabindex="0" aria-label="Lines of the configuration" { "[admin]\ntoken = \"${HOOKTRAIL_ADMIN_TOKEN}\"" }
                 p.muted.small { code { "hooktrail init" } " writes a configuration with a new token; " code { "openssl rand -hex 32" } " makes one." }
             }
         },

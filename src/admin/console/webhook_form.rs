@@ -281,7 +281,7 @@ fn told_once(
         section.card.pad {
             h2 { "Its signing secret" }
             p { strong { "Copy it now: it is not shown again." } " The receiver verifies each request with it." }
-            pre id="secret" tabindex="0" aria-label="Signing secret" { (secret.expose()) }
+            pre id="secret" role="group" tabindex="0" aria-label="Signing secret" { (secret.expose()) }
             p { (copy("secret")) }
             @if let Some(until) = overlap_until { p { "The secret before it signs too, until " (time(until)) ". Give the receiver the new one by then." } }
             p { a.button href=(to) { "To the webhook" } }

@@ -4,6 +4,7 @@
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -14,9 +15,11 @@ use axum::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    net::TcpListener,
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
     sync::{mpsc, oneshot},
 };
+use tokio_rustls::TlsAcceptor;
 
 use super::{console::OTHERS, history::TOKEN};
 use crate::{
@@ -27,12 +30,16 @@ use crate::{
         queue::Embedded,
         receiver::{Receiver, status},
         run, tests_that_need,
+        tls::Authority,
     },
 };
 
 tests_that_need!(
     tools:
     a_webhook_is_set_up_watched_mended_and_removed_with_javascript_and_without,
+    what_strangers_wrote_runs_nothing_loads_nothing_and_breaks_no_page,
+    each_page_passes_the_rules_of_wcag_and_is_used_without_a_mouse_and_on_a_narrow_screen,
+    other_sites_and_names_and_lesser_tokens_get_nothing_from_a_browser_that_is_signed_in,
 );
 
 /// The longest time of a script: far more than it ever takes.
@@ -187,4 +194,89 @@ fn answers(receiver: &Receiver, what: &str, with: &str) -> Option<String> {
         }
         _ => None,
     }
+}
+
+fn what_strangers_wrote_runs_nothing_loads_nothing_and_breaks_no_page() {
+    run(async {
+        let (queue, api) = (Embedded::new(), Api::new());
+        let setup = Setup::new(&queue, &managing(&api));
+        let _daemon = setup.start().await;
+        play("inert", &given(&api, json!({})), async |what, with| {
+            // With an id of its own, which no event over HTTP has.
+            let event: Value = (what == "publish").then(|| serde_json::from_str(with).ok())??;
+            let body = event["body"].as_str()?.to_owned();
+            queue.publish(event["type"].as_str()?, event["id"].as_str(), [body.into()]).await;
+            Some(String::new())
+        })
+        .await;
+    });
+}
+
+fn each_page_passes_the_rules_of_wcag_and_is_used_without_a_mouse_and_on_a_narrow_screen() {
+    run(async {
+        let (queue, api) = (Embedded::new(), Api::new());
+        let receiver = Receiver::accepting().await;
+        let broken = Receiver::start(|_, _| status(500).body("<b>no</b>")).await;
+        let text = managing(&api) + &subscriber("of-file", &broken.url, MORTAL);
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        let given = given(&api, json!({ "receiver": receiver.url }));
+        play("pages", &given, async |what, with| answers(&receiver, what, with)).await;
+    });
+}
+
+/// A proxy with TLS before a daemon: what comes is passed on. Its port.
+async fn over_tls(name: &str, port: u16) -> u16 {
+    let authority = Authority::new();
+    let acceptor = TlsAcceptor::from(Arc::new(authority.server(&authority.sign(name), false)));
+    let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let own = socket.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = socket.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut daemon = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+                copy_bidirectional(&mut stream, &mut daemon).await.ok();
+            });
+        }
+    });
+    own
+}
+
+fn other_sites_and_names_and_lesser_tokens_get_nothing_from_a_browser_that_is_signed_in() {
+    run(async {
+        const ANSWER: &str = "the receiver says more than it should";
+        let (queue, api) = (Embedded::new(), Api::new());
+        let broken = Receiver::start(|_, _| status(500).body(ANSWER)).await;
+        let once = subscriber("of-file", &broken.url, "retry = { max_attempts = 1 }");
+        let setup = Setup::new(&queue, &(managing(&api) + &once));
+        let mut daemon = Some(setup.start().await);
+
+        let (other_queue, behind) = (Embedded::new(), Api::new());
+        let public =
+            format!("https://hooks.example:{}", over_tls("hooks.example", behind.port).await);
+        let text = managing(&behind).replacen(
+            "token =",
+            &format!("public_url = \"{public}\"\ntoken ="),
+            1,
+        );
+        let other_setup = Setup::new(&other_queue, &(text + &once));
+        let _other = other_setup.start().await;
+
+        let behind = format!("http://127.0.0.1:{}", behind.port);
+        let given = given(&api, json!({ "public": public, "behind": behind }));
+        play("strangers", &given, async |what, _| {
+            const CHANGED: &str = "another-token-of-the-tests";
+            if what != "change-token" {
+                return None;
+            }
+            assert!(daemon.take()?.stop().await.success());
+            let text = std::fs::read_to_string(setup.config()).expect("reads");
+            setup.write("hooktrail.toml", text.replace(TOKEN, CHANGED));
+            daemon = Some(setup.start().await);
+            Some(CHANGED.to_owned())
+        })
+        .await;
+    });
 }

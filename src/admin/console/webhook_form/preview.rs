@@ -155,11 +155,11 @@ fn request(Sample { request, signed }: &Sample) -> Markup {
             " Besides these, a request has the headers of its connection: " code { "host" } ", " code { "accept" } ", " code { "content-length" } "."
         }
         div.copied { h3 { "Headers" } (copy("example-headers")) }
-        pre id="example-headers" tabindex="0" aria-label="Headers of the example" {
+        pre id="example-headers" role="group" tabindex="0" aria-label="Headers of the example" {
             @for (name, value) in &request.headers { (text(name)) ": " (text(value.as_deref().unwrap_or("[redacted]"))) "\n" }
         }
         div.copied { h3 { "Body, byte for byte" } (copy("example-body")) }
-        pre id="example-body" tabindex="0" aria-label="Body of the example" { (lines(&String::from_utf8_lossy(&request.body))) }
+        pre id="example-body" role="group" tabindex="0" aria-label="Body of the example" { (lines(&String::from_utf8_lossy(&request.body))) }
     }
 }
 
