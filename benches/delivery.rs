@@ -31,7 +31,7 @@ use lapin::{
     },
     types::{AMQPValue, FieldTable},
 };
-use shared::{BATCH, Counter, EVENT, number, process_figures, receive};
+use shared::{BATCH, Counter, EVENT, median, number, process_figures, receive};
 use support::{
     broker::{Broker, connect},
     daemon::Setup,
@@ -73,11 +73,7 @@ async fn compare() {
         ours.push(hooktrail(&broker, events).await);
     }
     let peak = hooktrail(&broker, backlog).await.peak_mib;
-    let median = |of: &dyn Fn(&Figures) -> f64, all: &[Figures]| {
-        let mut values: Vec<f64> = all.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
+    let median = |of: &dyn Fn(&Figures) -> f64, all: &[Figures]| median(all.iter().map(of));
     let rate = |f: &Figures| events as f64 / f.seconds;
     let cpu = |f: &Figures| f.cpu_seconds * 1e6 / events as f64;
     println!("\n{:<12}{:>12}{:>16}{:>12}", "", "events/s", "CPU µs/event", "peak MiB");

@@ -12,6 +12,9 @@
     reason = "a benchmark reads the clock and prints"
 )]
 
+#[path = "shared/varied.rs"]
+mod varied;
+
 use std::{
     path::PathBuf,
     sync::{
@@ -31,6 +34,7 @@ use hooktrail::{
         sqlite::{SqliteConfig, SqliteStore},
     },
 };
+use varied::{ACTORS, Random, Varied};
 
 /// Bytes of the file that an event takes: with it the size of the file is chosen.
 const BYTES_AN_EVENT: u64 = 540;
@@ -41,60 +45,14 @@ const GROUP: u64 = 1000;
 /// The time that a search may take.
 const SEARCH: Duration = Duration::from_millis(200);
 
-const ACTORS: u64 = 10_000;
-
-const WORDS: [&str; 16] = [
-    "updated", "deleted", "created", "the", "user", "profile", "invoice", "report", "settings",
-    "password", "team", "project", "webhook", "exported", "archived", "shared",
-];
-
-/// Random numbers that are the same in every run (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn word(&mut self) -> &'static str {
-        WORDS[self.below(WORDS.len() as u64) as usize]
-    }
-}
-
-/// An event of about 400 bytes with a message id.
+/// An event with a message id, as history takes it.
 fn event(n: u64) -> NewRow {
-    let mut random = Random(n);
-    let (actor, resource) = (random.below(ACTORS), random.below(1_000_000));
-    let event_type = format!("activity_log.{}.{}", random.word(), random.word());
-    let body = format!(
-        r#"{{"event":"{event_type}","description":"{} {} {} {}","actor":{{"id":{actor},"type":"user","name":"Jane Doe {actor}"}},"resource":{{"id":"{resource}","type":"{}","name":"Thing {resource}"}},"changes":{{"name":{{"to":"[FILTERED]","from":"[FILTERED]"}},"time_zone":{{"from":"Etc/UTC","to":"Europe/Kyiv"}},"request":{{"from":null,"to":"{:08x}"}}}},"ip":"10.{}.{}.{}","timestamp":{}}}"#,
-        random.word(),
-        random.word(),
-        random.word(),
-        random.word(),
-        random.word(),
-        random.next() as u32,
-        random.below(256),
-        random.below(256),
-        random.below(256),
-        1_733_739_084 + n / 1000,
-    );
+    let Varied { event_type, message_id, body } = varied::event(n);
     NewRow {
         number: None,
         at: SystemTime::now(),
         event_type,
-        message_id: Some(format!(
-            "{:032x}",
-            u128::from(random.next()) << 64 | u128::from(random.next())
-        )),
+        message_id: Some(message_id),
         body: body.into(),
         redelivered: false,
     }

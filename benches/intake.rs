@@ -23,7 +23,7 @@ use std::{
 };
 
 use rusqlite::{Connection, params};
-use shared::{BATCH, Counter, EVENT, number, process_figures, receive};
+use shared::{BATCH, Counter, EVENT, median, number, process_figures, receive};
 use support::{
     daemon::{Setup, subscriber},
     eventually, free_port,
@@ -104,12 +104,6 @@ async fn compare() {
         print!("{}", text(&format!("to {subscribers}, each event to each"), rates.into_iter()));
         println!("{:>14.1}", median(cpu));
     }
-}
-
-fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn text(name: &str, values: impl Iterator<Item = f64> + Clone) -> String {

@@ -40,6 +40,12 @@ pub(crate) fn process_figures(pid: u32) -> (f64, f64) {
     (ticks / 100.0, crate::support::peak_mib(pid)) // Linux reports times in hundredths of a second
 }
 
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 #[derive(Default)]
 pub(crate) struct Counter {
     pub(crate) events: AtomicU64,

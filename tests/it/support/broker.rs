@@ -102,6 +102,11 @@ impl Broker {
         }
     }
 
+    /// The process of a private node.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.node.as_ref()?.pid()
+    }
+
     pub(crate) fn node(&self) -> &Node {
         self.node.as_deref().expect("a private node")
     }

@@ -1,6 +1,9 @@
 //! A queue of either kind, so that one test can hold both to the same promises.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use hooktrail::{
@@ -80,6 +83,11 @@ impl Section for Queue {
 impl Embedded {
     pub(crate) fn new() -> Self {
         Self { dir: tempfile::tempdir().expect("a directory") }
+    }
+
+    /// In a directory of its own within another one.
+    pub(crate) fn within(base: &Path) -> Self {
+        Self { dir: tempfile::tempdir_in(base).expect("a directory") }
     }
 
     /// It is made when it is needed.
