@@ -72,6 +72,8 @@ impl Program {
         let blocks = shown(&document, language);
         assert_eq!(blocks.len(), 2, "the function and what stands below it");
         std::fs::write(dir.join(file), blocks.join("\n\n")).expect("writes");
+        // Node takes the kind of its modules from the nearest one, which may be another one further up.
+        std::fs::write(dir.join("package.json"), "{}").expect("writes");
         let port = free_port();
         let started = Self {
             dir: dir.to_owned(),
