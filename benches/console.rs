@@ -87,7 +87,7 @@ async fn measure(events: u64) {
     let letters = browser.get("/console/dead-letters/refusing").await;
     let letter = after(&letters, "href=\"/console/dead-letters/refusing/").to_owned();
     let deliveries = browser.get("/console/deliveries").await;
-    let delivery = after(&deliveries, "href=\"/console/delivery?").replace("&amp;", "&");
+    let delivery = after(&deliveries, "href=\"/console/deliveries/").to_owned();
     let mut random = Random(7);
     let count = number("HOOKTRAIL_BENCH_QUERIES", 200);
     let mut worst: f64 = 0.0;
@@ -115,7 +115,7 @@ async fn measure(events: u64) {
             Box::new(|r| format!("/console/deliveries?subscriber=s-{}", r.below(SUBSCRIBERS - 1))),
         ),
         ("Deliveries, dead", Box::new(|_| "/console/deliveries?state=dead".to_owned())),
-        ("a delivery", Box::new(move |_| format!("/console/delivery?{delivery}"))),
+        ("a delivery", Box::new(move |_| format!("/console/deliveries/{delivery}"))),
         ("Dead letters", Box::new(|_| "/console/dead-letters".to_owned())),
         ("Dead letters, of one", Box::new(|_| "/console/dead-letters/refusing".to_owned())),
         ("a dead letter", Box::new(move |_| format!("/console/dead-letters/refusing/{letter}"))),
@@ -159,7 +159,10 @@ type Path = Box<dyn Fn(&mut Random) -> String>;
 
 /// Up to the next quotation mark.
 fn after<'a>(text: &'a str, start: &str) -> &'a str {
-    let rest = text.split(start).nth(1).unwrap_or_else(|| panic!("no {start} in {text}"));
+    let rest = text
+        .split(start)
+        .nth(1)
+        .unwrap_or_else(|| panic!("no {start} in a page of {} bytes", text.len()));
     rest.split('"').next().expect("one")
 }
 

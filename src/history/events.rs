@@ -21,6 +21,17 @@ use crate::{
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
+/// History waits that long for more events before it stores the next ones: one commit for them costs
+/// those who wait for deliveries less than many.
+const GATHER: Duration = Duration::from_millis(100);
+
+/// While events come faster than that, history lets deliveries go first: it rests as many times as
+/// long as it has worked, but no longer than this at once, and no longer than for this time in all:
+/// what goes on for longer it has to keep up with.
+const REST: u32 = 3;
+const MAX_REST: Duration = Duration::from_millis(250);
+const BURST: Duration = Duration::from_secs(60);
+
 /// The time between two looks for what is older than the retention or too much.
 const TRIM_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -131,6 +142,38 @@ impl Gaps {
     }
 }
 
+/// How history gives way to deliveries.
+#[derive(Debug, Default)]
+struct Pace {
+    /// When it began to store the last group.
+    group: Option<Instant>,
+    /// Since when groups have been large.
+    burst: Option<Instant>,
+}
+
+impl Pace {
+    /// A group of so many events is stored now.
+    fn begin(&mut self, events: usize, now: Instant) {
+        self.group = Some(now);
+        if events < MAX_APPEND / 4 {
+            self.burst = None;
+        } else {
+            self.burst.get_or_insert(now);
+        }
+    }
+
+    /// The time before the next group is taken.
+    fn rest(&self, now: Instant) -> Duration {
+        let Some(began) = self.group else { return Duration::ZERO };
+        let worked = now - began;
+        match self.burst {
+            None => GATHER.saturating_sub(worked),
+            Some(since) if now - since < BURST => (worked * REST).min(MAX_REST),
+            Some(_) => Duration::ZERO,
+        }
+    }
+}
+
 struct Recorder<'a, Q, S> {
     queue: &'a Q,
     store: &'a S,
@@ -202,11 +245,17 @@ impl<Q: Queue, S: Store> Recorder<'_, Q, S> {
         mut stopped: Pin<&mut impl Future<Output = ()>>,
     ) -> Option<Ended> {
         let mut taken = Vec::with_capacity(MAX_APPEND);
+        let mut pace = Pace::default();
         let ended = loop {
+            let take = async {
+                sleep(pace.rest(clock::instant())).await;
+                source.take(&mut taken, MAX_APPEND).await
+            };
             let took = tokio::select! {
-                took = source.take(&mut taken, MAX_APPEND) => took,
+                took = take => took,
                 () = &mut stopped => break None,
             };
+            pace.begin(taken.len(), clock::instant());
             // To its end, also when the daemon ends: what is stored and not removed from the queue
             // would be stored again.
             let stored = match took {
@@ -326,6 +375,27 @@ mod tests {
     use crate::{queue::fake::Fake, store::fake::FakeStore};
 
     const EVENTS: usize = 100_000;
+
+    #[test]
+    fn it_gathers_what_is_few_rests_in_a_burst_and_keeps_up_with_what_goes_on() {
+        let ms = Duration::from_millis;
+        let start = clock::instant();
+        let mut pace = Pace::default();
+        assert_eq!(pace.rest(start), Duration::ZERO, "the first is stored at once");
+        pace.begin(1, start);
+        assert_eq!(pace.rest(start + ms(30)), GATHER - ms(30));
+        assert_eq!(pace.rest(start + GATHER + ms(1)), Duration::ZERO, "it was quiet since");
+        pace.begin(MAX_APPEND, start);
+        assert_eq!(pace.rest(start + ms(20)), ms(60));
+        assert_eq!(pace.rest(start + ms(200)), MAX_REST);
+        let later = start + BURST - ms(10);
+        pace.begin(MAX_APPEND, later);
+        assert_eq!(pace.rest(later + ms(9)), ms(27));
+        assert_eq!(pace.rest(later + ms(10)), Duration::ZERO, "it goes on for too long");
+        pace.begin(1, later);
+        pace.begin(MAX_APPEND, later);
+        assert_eq!(pace.rest(later + ms(20)), ms(60), "another burst");
+    }
 
     fn at(second: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(second)
