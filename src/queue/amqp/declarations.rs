@@ -91,7 +91,12 @@ impl Topology {
             .await;
         declared.map_err(|e| e.into_error("exchange", &witness))?;
         reached(Step::Witnessed);
-        broker.bind_exchange(&self.events(), &witness, "").await
+        self.bind_witness(broker).await
+    }
+
+    /// Binds the witness, which is not declared: if it was deleted meanwhile, that must be seen.
+    pub(super) async fn bind_witness(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        broker.bind_exchange(&self.events(), &self.witness(), "").await
     }
 
     /// Unbinds the witness from an exchange.

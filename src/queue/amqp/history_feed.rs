@@ -64,6 +64,8 @@ pub struct History {
     consumer: Consumer,
     /// The broker has ended the consumer: it gives nothing any more, and does not say so again.
     is_cancelled: bool,
+    /// When it had delivered everything that it had.
+    waits_since: Option<std::time::Instant>,
     queue: String,
     prefetch: u16,
     /// The last tag that an earlier consumer has delivered: those do not count for the prefetch.
@@ -182,6 +184,7 @@ impl History {
         let connection = shared.consuming.for_history().await?;
         let lease = connection.lease().await?;
         let prefetch = shared.history.sizes().allow(PREFETCH);
+        let asked = clock::instant();
         let consumer = match timeout(CONSUMED, begin(&lease, &queue, prefetch)).await {
             Ok(begun) => begun.map_err(|why| failed(&queue, &why))?,
             Err(_) => {
@@ -190,7 +193,7 @@ impl History {
                 )));
             }
         };
-        shared.history.consumes(lease.channel.status().clone());
+        shared.history.consumes(lease.channel.status().clone(), asked);
         tracing::debug!(queue, prefetch, ready, "history consumes its queue");
         Ok(Self {
             shared: shared.clone(),
@@ -198,6 +201,7 @@ impl History {
             lease,
             consumer,
             is_cancelled: false,
+            waits_since: None,
             prefetch,
             begun_after: 0,
             before: VecDeque::new(),
@@ -253,17 +257,29 @@ impl History {
         if self.is_cancelled {
             return Poll::Ready(Err(cancelled(&self.queue)));
         }
-        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
+        let next = Pin::new(&mut self.consumer).poll_next(cx);
+        if next.is_pending() {
+            self.waits_since = Some(clock::instant());
+        }
+        next.map(|next| match next {
             Some(Ok(delivery)) => {
                 self.delivered = delivery.delivery_tag;
+                if let Some(at) = self.waits_since.take() {
+                    self.shared.history.delivered_after(at);
+                }
                 Ok(delivery)
             }
             Some(Err(e)) => Err(failed(&self.queue, &e.into())),
             None => {
-                self.is_cancelled = true;
+                self.cancelled_by_broker();
                 Err(cancelled(&self.queue))
             }
         })
+    }
+
+    fn cancelled_by_broker(&mut self) {
+        self.is_cancelled = true;
+        self.shared.history.ends_consuming();
     }
 
     /// Waits a little until the consumer has as many messages unacked as it may. Only then may it be
@@ -274,7 +290,7 @@ impl History {
                 Ok(Some(delivery)) => self.deliver_later(delivery?),
                 // The next take says so: what is stored is to be acked before.
                 Ok(None) => {
-                    self.is_cancelled = true;
+                    self.cancelled_by_broker();
                     return Ok(false);
                 }
                 Err(_) => return Ok(false),

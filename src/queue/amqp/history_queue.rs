@@ -226,17 +226,19 @@ impl<'a> Keeper<'a> {
     }
 
     async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
-        let queue = self.topology.history();
+        let (queue, began) = (self.topology.history(), clock::instant());
+        let history = &self.shared.history;
         let connection = match self.shared.consuming.for_history().await {
             Ok(connection) => connection,
             // What takes from it has the only connection that history may have.
-            Err(_) if self.shared.history.is_consumed() => return Ok(()),
-            // The broker cannot be reached, which says nothing of the queue.
+            Err(_) if self.is_bound && history.is_consumed() => return Ok(()),
+            // That says nothing of the queue.
             Err(e) => return Err(e),
         };
         let why = match timeout(TRIAL, try_on(&connection, &queue)).await {
             Ok(Ok(Ok(()))) => {
                 self.broken = None;
+                history.tried(began);
                 // It may be the only one for which there is room.
                 connection.close().await;
                 return Ok(());
@@ -289,6 +291,8 @@ impl<'a> Keeper<'a> {
 
     fn unbound(&mut self) {
         self.is_bound = false;
+        // Only a trial shows whether it may be bound.
+        self.shared.history.ends_consuming();
         self.shared.history.queue.send_replace(QueueState::Unbound);
         self.shared.dialer.metrics.set_history_bound(false);
     }

@@ -2,14 +2,14 @@
 
 use std::{
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 
 use lapin::ChannelStatus;
 use tokio::sync::{Notify, watch};
 
 use super::{prefetch::Sizes, record::Lack};
-use crate::store::Gap;
+use crate::{clock, store::Gap};
 
 /// The queue of history, as this daemon knows it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,10 +37,19 @@ pub(super) struct HistoryState {
     /// Notified when something shows that the queue may be unusable: a publish was refused, or it
     /// cannot be consumed.
     pub(super) suspected: Notify,
-    /// The channel on which this process has last begun to take from the queue.
-    consumer: Mutex<Option<ChannelStatus>>,
+    /// When it was suspected last.
+    suspected_at: Mutex<Option<Instant>>,
+    consumer: Mutex<Option<Consuming>>,
     lost: Mutex<Lost>,
     sizes: Mutex<Sizes>,
+}
+
+/// How this process takes from the queue.
+#[derive(Debug)]
+struct Consuming {
+    channel: ChannelStatus,
+    /// The queue has answered, or delivered something, later than that.
+    answered: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -62,15 +71,39 @@ impl HistoryState {
         *self.queue.borrow() == QueueState::Bound
     }
 
-    /// This process takes from the queue, until the channel ends.
-    pub(super) fn consumes(&self, on: ChannelStatus) {
-        *self.consumer.lock().unwrap_or_else(PoisonError::into_inner) = Some(on);
+    /// This process takes from the queue, until the channel or the consumer ends. It began to ask
+    /// for that at this time.
+    pub(super) fn consumes(&self, channel: ChannelStatus, answered: Instant) {
+        *self.consumer() = Some(Consuming { channel, answered });
     }
 
-    /// Whether this process takes from the queue, on a channel that the broker has not ended.
+    /// The queue has delivered something later than that.
+    pub(super) fn delivered_after(&self, at: Instant) {
+        if let Some(consuming) = &mut *self.consumer() {
+            consuming.answered = at;
+        }
+    }
+
+    /// The broker has ended the consumer, or the queue that it took from.
+    pub(super) fn ends_consuming(&self) {
+        *self.consumer() = None;
+    }
+
+    /// Whether this process takes from the queue, on a channel that the broker has not ended, and
+    /// the queue has answered since it was suspected last.
     pub(super) fn is_consumed(&self) -> bool {
-        let consumer = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
-        consumer.as_ref().is_some_and(ChannelStatus::connected)
+        let suspected = *self.suspected_at();
+        self.consumer().as_ref().is_some_and(|consuming| {
+            consuming.channel.connected() && suspected.is_none_or(|at| consuming.answered > at)
+        })
+    }
+
+    fn consumer(&self) -> MutexGuard<'_, Option<Consuming>> {
+        self.consumer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn suspected_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.suspected_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The record says that history lacks events, or does not any more.
@@ -99,7 +132,13 @@ impl HistoryState {
 
     /// The queue may be unusable: it is tried at once.
     pub(super) fn suspect(&self) {
+        *self.suspected_at() = Some(clock::instant());
         self.suspected.notify_one();
+    }
+
+    /// The queue was found sound by a trial that began at this time.
+    pub(super) fn tried(&self, began: Instant) {
+        self.suspected_at().take_if(|at| *at < began);
     }
 
     /// This daemon's store has history, or has none.

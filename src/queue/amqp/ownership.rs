@@ -330,8 +330,10 @@ impl Ownership {
         let had_read = std::mem::replace(&mut self.has_read, true);
         let is_empty = self.recorded.bindings.is_empty();
         if !had_read {
-            // Before a claim is written: a daemon that reads one expects a witness.
-            actions.push(Action::CheckWitness { is_expected: !is_empty });
+            // Before a claim is written, of a subscriber or of history: a daemon that reads one
+            // expects a witness.
+            let is_expected = !is_empty || self.recorded.store.is_some();
+            actions.push(Action::CheckWitness { is_expected });
         }
         if had_read && is_empty && self.served().next().is_some() {
             actions.push(Action::Log(Notice::RecordLost));
@@ -726,6 +728,25 @@ mod tests {
     }
 
     const SOON: Duration = RECHECK_SOON;
+
+    #[test]
+    fn a_witness_is_expected_where_a_subscriber_or_history_was_claimed_before() {
+        let history = Record::Store { store: "s".to_owned(), adopted: false, at: String::new() };
+        for (recorded, expected) in
+            [(None, false), (Some(claimed("a", "x", "#")), true), (Some(history), true)]
+        {
+            let removals = Removals::default();
+            let mut daemon = Ownership::new("x".to_owned(), bindings(&[("a", "#")]), removals);
+            recorded.iter().for_each(|record| drop(daemon.apply(record.clone())));
+            let known = PauseStates::default();
+            let actions = daemon.on(Event::ReadToEnd { known }, clock::instant());
+            let found = actions.iter().find_map(|action| match action {
+                Action::CheckWitness { is_expected } => Some(*is_expected),
+                _ => None,
+            });
+            assert_eq!(found, Some(expected), "{recorded:?}");
+        }
+    }
 
     #[test]
     fn a_subscriber_that_is_not_configured_is_unbound_only_if_no_other_daemon_claims_it() {

@@ -8,7 +8,6 @@ use tokio::time::timeout;
 use super::{
     declarations::log_redeclared,
     ladder,
-    requests::Broker,
     shared::Shared,
     state_stream,
     unusable::{try_consume, usable},
@@ -29,13 +28,6 @@ const FIRST_REST: Duration = Duration::from_secs(10);
 
 /// Timeout of restoring what a settlement found missing.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Declares the witness, if the user may bind it.
-pub(super) async fn witness(shared: &Shared, broker: &mut Broker<'_>) {
-    if let Err(e) = shared.topology.ensure_witness(broker).await {
-        tracing::debug!(error = %e, "a deletion of the exchange cannot be noticed");
-    }
-}
 
 /// Checks the ladder and the orphans, and restores them, indefinitely.
 pub(super) async fn check_own(shared: &Shared) {

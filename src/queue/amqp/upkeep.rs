@@ -17,7 +17,7 @@ use super::{
     management::Management,
     record::{Lack, Patterns},
     requests::Broker,
-    restore::{INTERVAL, witness},
+    restore::INTERVAL,
     shared::Shared,
     state_stream,
     topology::Topology,
@@ -75,6 +75,10 @@ pub(super) struct Upkeep<'a> {
     shared: &'a Shared,
     topology: &'a Topology,
     schedule: Schedule,
+    /// The broker did not say at the start whether there is a witness; whether it is expected.
+    owed: Option<bool>,
+    /// The witness is bound, or the user may not bind it.
+    is_witness_bound: bool,
     api: Option<Management>,
     logged: BTreeSet<String>,
 }
@@ -103,6 +107,8 @@ impl<'a> Upkeep<'a> {
             shared,
             topology,
             schedule: Schedule::new(clock::instant()),
+            owed: None,
+            is_witness_bound: false,
             api,
             logged: BTreeSet::new(),
         }
@@ -133,11 +139,26 @@ impl<'a> Upkeep<'a> {
             Ok(false) => {}
             Err(e) => {
                 tracing::debug!(error = %e, "it is not known yet whether the exchange was deleted");
+                (self.owed, self.schedule.soon) = (Some(is_expected), true);
                 return;
             }
         }
         // Also if it is there: a daemon that was killed may not have bound it.
-        witness(self.shared, broker).await;
+        self.witness(broker).await;
+    }
+
+    /// Declares the witness and binds it, if the user may.
+    async fn witness(&mut self, broker: &mut Broker<'_>) {
+        let bound = self.topology.ensure_witness(broker).await;
+        self.note_bound(bound);
+    }
+
+    fn note_bound(&mut self, bound: Result<(), QueueError>) {
+        // A user that may not bind it is not refused at each check.
+        self.is_witness_bound = bound.as_ref().err().is_none_or(QueueError::is_for_operator);
+        if let Err(e) = bound {
+            tracing::debug!(error = %e, "a deletion of the exchange cannot be noticed");
+        }
     }
 
     /// The queue of history is not bound: the daemon that has it binds it and records a gap. Nobody
@@ -212,16 +233,27 @@ impl<'a> Upkeep<'a> {
             topology.ensure_events(broker).await?;
         }
         self.schedule.present();
-        if !topology.has_witness(broker).await? {
+        let has_witness = topology.has_witness(broker).await?;
+        let owed = self.owed.take();
+        // Another daemon may declare it, and end before it has bound it.
+        self.is_witness_bound &= has_witness;
+        if has_witness {
+            self.shared.history.witnessed(began);
+            if !self.is_witness_bound {
+                let bound = topology.bind_witness(broker).await;
+                self.note_bound(bound);
+            }
+        } else if owed == Some(false) {
+            // There was none before this daemon.
+            self.witness(broker).await;
+        } else {
             missing.exchange = true;
             let has_store = matches!(&*self.shared.history.recorded.borrow(), Some(Some(_)));
             let since = self.shared.history.last_sound();
             missing.is_unrecorded = !self.report_to_history(has_store, since).await;
             if !missing.is_unrecorded {
-                witness(self.shared, broker).await;
+                self.witness(broker).await;
             }
-        } else {
-            self.shared.history.witnessed(began);
         }
         self.ends("the exchange of the events");
         Ok(true)

@@ -17,10 +17,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     fault::{millis, time},
+    open,
     schema::{ASIDE, COPY_FILE, PART},
     sealed::{Rows, SealedRow},
 };
-use crate::{clock, crypto::seal::Sealed, sqlite::with_suffix, store::Stamp};
+use crate::{crypto::seal::Sealed, sqlite::with_suffix, store::Stamp};
 
 /// The first line.
 const HEADER: &str = "hooktrail subscribers 1";
@@ -155,9 +156,7 @@ impl Copy {
     /// It is where it was.
     pub(super) fn set_aside(&mut self) -> std::io::Result<PathBuf> {
         self.whole = None;
-        let now = clock::rfc3339_seconds(clock::now());
-        let stamp: String = now.chars().filter(char::is_ascii_alphanumeric).collect();
-        let aside = with_suffix(&self.path, &format!("{ASIDE}{stamp}"));
+        let aside = open::aside_path(&self.path);
         std::fs::rename(&self.path, &aside)?;
         Ok(aside)
     }

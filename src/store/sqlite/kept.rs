@@ -92,6 +92,10 @@ struct Problems {
     known: Vec<String>,
     /// Those that the background task has found since, for the next reader.
     unread: Vec<String>,
+    /// What was reported last of [`KeptSubscribers::may_lack`].
+    may_lack: bool,
+    /// The damaged copies that were there at the last read.
+    aside: Vec<PathBuf>,
 }
 
 impl Kept {
@@ -174,7 +178,9 @@ impl Kept {
             )));
         }
         let keyring = self.keyring.clone();
-        Ok((blocking(move || keyring.make()).await?, copy))
+        // The copy stays held until the key is made, also when the change is given up before.
+        let (made, copy) = blocking(move || (keyring.make(), copy)).await;
+        Ok((made?, copy))
     }
 
     /// Makes a change, and then the same in the copy. `replaces`: what was there before may be no
@@ -237,7 +243,7 @@ impl Kept {
             // What it has is not known: that is not overwritten unread.
             Ok((Ok(false), copy)) => {
                 let (kept, _) = self.read_files(Ok(db.clone()), copy, until).await;
-                self.hand_over(kept.problems);
+                self.hand_over(kept);
                 return;
             }
             Ok((Err(e), _)) => e,
@@ -254,15 +260,17 @@ impl Kept {
         Instant::from_std(clock::instant()) + self.timeout
     }
 
-    /// Keeps new problems for the next reader, which logs them, and has the subscribers read again.
-    fn hand_over(&self, problems: Vec<String>) {
+    /// Keeps new problems for the next reader, which logs them. Has the subscribers read again if
+    /// problems are new or have ended.
+    fn hand_over(&self, kept: KeptSubscribers) {
+        let KeptSubscribers { problems, may_lack, .. } = kept;
         let mut of = open::lock(&self.problems);
         let new: Vec<String> = problems.iter().filter(|p| !of.known.contains(p)).cloned().collect();
-        let is_new = !new.is_empty();
+        let is_other = of.known != problems || of.may_lack != may_lack;
         of.unread.extend(new);
-        of.known = problems;
+        (of.known, of.may_lack) = (problems, may_lack);
         drop(of);
-        if is_new {
+        if is_other {
             self.read_again();
         }
     }
@@ -270,7 +278,20 @@ impl Kept {
     /// Brings the copy up to date, in the background.
     pub(super) async fn catch_up(&self, db: Database) {
         let (kept, _) = self.read_until(Ok(db), self.until()).await;
-        self.hand_over(kept.problems);
+        self.hand_over(kept);
+    }
+
+    /// Has the subscribers read again if a damaged copy was removed since the last read: then they
+    /// need no longer be protected.
+    pub(super) async fn check_aside(&self) {
+        let known = open::lock(&self.problems).aside.clone();
+        if known.is_empty() {
+            return;
+        }
+        let copy = Copy::at(self.copy_path.clone());
+        if blocking(move || copy.aside()).await != known {
+            self.read_again();
+        }
     }
 
     /// The subscribers to go on with, from the precious file and its copy; what one of them lacks is
@@ -284,6 +305,7 @@ impl Kept {
             }
         }
         of.known.clone_from(&kept.problems);
+        of.may_lack = kept.may_lack;
         kept
     }
 
@@ -348,7 +370,8 @@ impl Kept {
                 (rows, in_step)
             }
             (Ok(_), Ok(stored), Err(e)) => {
-                // It is not overwritten.
+                // It is not overwritten, and read again soon.
+                self.lag.mark();
                 kept.may_lack = true;
                 kept.problems.push(unreadable(&self.copy_path, &e));
                 (stored, false)
@@ -367,6 +390,7 @@ impl Kept {
         if in_step {
             self.lag.caught_up(marks);
         }
+        open::lock(&self.problems).aside.clone_from(&aside_files);
         if let Some(aside) = aside(&aside_files) {
             kept.may_lack = true;
             kept.problems.push(aside);

@@ -320,9 +320,7 @@ fn open_history(path: &Path, because: &mut Option<String>) -> Result<Database, s
 
 /// Moves a damaged history away, and returns why history begins again.
 pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
-    let now = clock::rfc3339_seconds(clock::now());
-    let stamp: String = now.chars().filter(|c| c.is_ascii_alphanumeric()).collect();
-    let aside = with_suffix(path, &format!("{ASIDE}{stamp}"));
+    let aside = aside_path(path);
     for suffix in ["", "-wal", "-shm"] {
         match std::fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix)) {
             Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -343,6 +341,16 @@ pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
     ))
 }
 
+/// Where a damaged file is set aside: its name and the time, to the microsecond. Two files of one
+/// second must not have one name: the second would replace the first.
+pub(super) fn aside_path(path: &Path) -> PathBuf {
+    let now = clock::now();
+    let second: String =
+        clock::rfc3339_seconds(now).chars().filter(|c| !"-:Z".contains(*c)).collect();
+    let micros = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_micros();
+    with_suffix(path, &format!("{ASIDE}{second}{micros:06}Z"))
+}
+
 /// A disk that damages file after file must not be filled by them.
 pub(super) fn remove_oldest_aside(path: &Path) {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -357,6 +365,10 @@ pub(super) fn remove_oldest_aside(path: &Path) {
         .collect();
     aside.sort_unstable();
     for name in aside.iter().rev().skip(KEPT) {
+        tracing::warn!(
+            file = %dir.join(name).display(),
+            "this damaged file is removed: the {KEPT} that were set aside after it are kept"
+        );
         for suffix in ["", "-wal", "-shm"] {
             std::fs::remove_file(with_suffix(&dir.join(name), suffix)).ok(); // it may have none
         }

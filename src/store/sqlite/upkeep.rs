@@ -488,6 +488,7 @@ async fn keep(shared: Weak<Shared>, wake: Arc<Notify>) {
             return;
         }
         shared.catch_up().await;
+        shared.kept.check_aside().await;
         drop(shared);
         // Early, if a request has found damage.
         drop(timeout(CHECK, wake.notified()).await);

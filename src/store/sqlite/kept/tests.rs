@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
 
+use tokio::sync::watch;
+
 use super::{
     schema::{COPY_FILE, KEY_FILE},
     *,
@@ -458,6 +460,65 @@ async fn what_the_background_finds_is_said_to_the_next_reader() {
     let kept = store.subscribers().await;
     assert_eq!(kept.all, [KeptSubscriber::Open(a)]);
     assert!(problem(&kept).contains("they go on: `a`"), "{kept:?}");
+}
+
+/// Waits until the subscribers are to be read again, and reads them.
+async fn read_again(store: &SqliteStore, to_read: &mut watch::Receiver<u64>) -> KeptSubscribers {
+    let again = tokio::time::timeout(Duration::from_secs(20), to_read.changed()).await;
+    again.expect("in time").expect("it lives");
+    store.subscribers().await
+}
+
+#[tokio::test]
+async fn a_copy_that_could_not_be_read_or_written_and_then_can_be_is_no_problem_any_more() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let a = put(&store, "a", DOCUMENT, None, 1).await;
+    let (copy, part) = (dir.path().join(COPY_FILE), dir.path().join(format!("{COPY_FILE}.part")));
+    let mut to_read = store.subscribers_to_read();
+    // A directory in its place can be neither read nor replaced.
+    let sound = fs::read(&copy).expect("reads");
+    fs::remove_file(&copy).expect("a file");
+    fs::create_dir(&copy).expect("a directory");
+    to_read.mark_unchanged();
+    let kept = store.subscribers().await;
+    assert!(kept.may_lack && problem(&kept).contains("cannot be read"), "{kept:?}");
+    fs::remove_dir(&copy).expect("a directory");
+    fs::write(&copy, sound).expect("writes");
+    let kept = read_again(&store, &mut to_read).await;
+    assert_eq!((&*kept.problems, kept.may_lack), (&[][..], false));
+
+    fs::create_dir(&part).expect("a directory");
+    fs::remove_file(&copy).expect("a file");
+    let kept = store.subscribers().await;
+    assert!(problem(&kept).contains("cannot be written"), "{kept:?}");
+    to_read.mark_unchanged();
+    fs::remove_dir(&part).expect("a directory");
+    let kept = read_again(&store, &mut to_read).await;
+    assert_eq!((&*kept.all, &*kept.problems), (&[KeptSubscriber::Open(a)][..], &[][..]));
+}
+
+#[tokio::test]
+async fn each_damaged_copy_is_kept_and_protects_until_it_is_deleted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    put(&store, "a", DOCUMENT, None, 1).await;
+    let mut to_read = store.subscribers_to_read();
+    let aside = || {
+        let of = |(path, _): &(PathBuf, _)| path.to_string_lossy().contains(".damaged-");
+        files(dir.path()).into_iter().filter(of).map(|(path, _)| path).collect::<Vec<_>>()
+    };
+    for n in 1..=3 {
+        fs::write(dir.path().join(COPY_FILE), "no copy\nnone\n").expect("writes");
+        assert!(store.subscribers().await.may_lack);
+        assert_eq!(aside().len(), n, "within a second");
+    }
+    to_read.mark_unchanged();
+    for (n, path) in aside().into_iter().enumerate() {
+        fs::remove_file(path).expect("a file");
+        let kept = read_again(&store, &mut to_read).await;
+        assert_eq!(kept.may_lack, n < 2, "{kept:?}");
+    }
 }
 
 #[tokio::test]
