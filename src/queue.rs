@@ -109,6 +109,23 @@ pub trait Queue: Clone + Send + Sync + 'static {
         watch::Sender::new(Some(None)).subscribe()
     }
 
+    /// The same of the store that has subscribers made over the API.
+    fn subscribers_store(&self) -> watch::Receiver<Option<Option<String>>> {
+        watch::Sender::new(Some(None)).subscribe()
+    }
+
+    /// Records that this store has subscribers made over the API: of the daemons that share the queue
+    /// only its own changes them, and no other one unbinds anybody.
+    ///
+    /// # Errors
+    /// Another store has some; or it cannot be recorded.
+    fn claim_subscribers(
+        &self,
+        _store: &str,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Sets whom to ask for the floor of running replays, before events are deleted that they may
     /// have to read. Of no effect in a queue that keeps no event for history.
     fn keep_for_replays(&self, _floor: ReplayFloor) {}
@@ -567,7 +584,8 @@ impl QueueError {
         Self { needs_operator: true, ..Self::new(text) }
     }
 
-    /// Another store has the history of the queue, until an operator moves it.
+    /// Another store has the history of the queue, or the subscribers made over the API, until an
+    /// operator moves that.
     pub fn another_store(text: impl Into<String>) -> Self {
         Self { is_of_another_store: true, ..Self::needs_operator(text) }
     }
@@ -601,7 +619,7 @@ impl QueueError {
         }
     }
 
-    /// Whether history has no events because those of the queue go to another store.
+    /// Whether what was asked for is another store's.
     pub fn is_of_another_store(&self) -> bool {
         self.is_of_another_store
     }

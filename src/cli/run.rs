@@ -8,13 +8,13 @@ use super::{daemon, failed::Failed, keeping::History};
 use crate::{
     admin::Admin,
     clock,
-    config::{self, Backend, Config},
+    config::{self, Backend, Config, StoreConfig},
     history::{newcomers::Newcomers, replay::Replays},
     queue::{Queue, Sharing, amqp::AmqpQueue, embedded::EmbeddedQueue},
     store::{KeptSubscribers, Store, sqlite::SqliteStore},
     supervisor::{
         fleet::{self, Controls, Phase},
-        reload::{Because, Reloader},
+        reload::{Because, Owners, Reloader},
         signal::{self, Files, Hangups, Stops},
         startup_check, systemd,
     },
@@ -189,15 +189,18 @@ fn following(
     tasks.spawn(reload_when_files_change(reloader.clone()));
     let (following, read) = (reloader.clone(), store.clone());
     tasks.spawn(async move { following.follow_store(&read).await });
-    if reloader.config().admin.manage {
-        let owner = queue.history_store();
-        // Before the queue finds out whom to unbind.
-        if owner.borrow().is_none() {
-            queue.removals().share(Sharing::Unknown);
-        }
-        let (following, of) = (reloader.clone(), store.clone());
-        tasks.spawn(async move { following.follow_owner(owner, &of).await });
+    let owners = Owners {
+        history: queue.history_store(),
+        subscribers: queue.subscribers_store(),
+        manages: reloader.config().admin.manage,
+        has_store: reloader.config().store != StoreConfig::None,
+    };
+    // Before the queue finds out whom to unbind.
+    if owners.subscribers.borrow().is_none() {
+        queue.removals().share(Sharing::Unknown);
     }
+    let (following, queue, of) = (reloader.clone(), queue.clone(), store.clone());
+    tasks.spawn(async move { following.follow_owner(owners, &queue, &of).await });
     tasks
 }
 

@@ -16,7 +16,9 @@ pub(super) enum Command {
     /// Give the history of this RabbitMQ prefix to this configuration's store
     ///
     /// One store has the history of a prefix: the first one, or the one that was adopted last. The
-    /// daemon of the other goes on delivering, and keeps no more history.
+    /// daemon of the other goes on delivering, and keeps no more history. Of the subscribers made over
+    /// the API those of this store count from then on. Those of the other one are not copied, and are
+    /// unbound once its daemon has stopped. Without history this alone is recorded.
     Adopt,
     /// Seal the subscribers made over the API with the first of `[store] keys`
     ///
@@ -60,9 +62,8 @@ async fn adopt(config: &Config) -> Result<(), Failed> {
         let why = "the embedded queue's history is in its own files: there is nothing to adopt";
         return Err(Failed::Usage(why.to_owned()));
     };
-    if !config.keeps_history() {
-        let why = "this configuration keeps no history: see [store] url and [history] retention";
-        return Err(Failed::Usage(why.to_owned()));
+    if config.store == StoreConfig::None {
+        return Err(Failed::Usage("there is no store: [store] url is \"none\"".to_owned()));
     }
     let data_dir = &config.queue.embedded.data_dir;
     let id = recorded_id(data_dir).await.map_err(|e| {
@@ -72,15 +73,30 @@ async fn adopt(config: &Config) -> Result<(), Failed> {
         ))
     })?;
     let queue = reach(amqp).await?;
-    if queue.history_store().await?.as_ref() == Some(&id) {
-        println!("This store has the history of `{}` already.", amqp.prefix);
-        return Ok(());
+    let is_own = |store: &Option<String>| store.as_ref() == Some(&id);
+    let manager = queue.subscribers_store().await?;
+    let (prefix, place) = (&amqp.prefix, data_dir.display());
+    if config.keeps_history() {
+        if is_own(&queue.history_store().await?) && (manager.is_none() || is_own(&manager)) {
+            println!("This store has the history of `{prefix}` already.");
+            return Ok(());
+        }
+        queue.adopt_history(&id).await?;
+        println!("The history of `{prefix}` goes to the store in `{place}` from now on.");
+    } else {
+        if is_own(&manager) {
+            println!("For `{prefix}` the subscribers of this store count already.");
+            return Ok(());
+        }
+        queue.adopt_subscribers(&id).await?;
+        println!(
+            "For `{prefix}` the subscribers of the store in `{place}` count from now on. It keeps no history."
+        );
     }
-    queue.adopt_history(&id).await?;
-    println!(
-        "The history of `{}` goes to the store in `{}` from now on.",
-        amqp.prefix,
-        data_dir.display()
-    );
+    if manager.is_some_and(|other| other != id) {
+        println!(
+            "Those that were made over the API for another store are not copied, and are unbound once its daemon has stopped."
+        );
+    }
     Ok(())
 }

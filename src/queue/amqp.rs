@@ -74,9 +74,10 @@ mod wire;
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use self::{
     connection::Role,
@@ -111,6 +112,9 @@ pub struct AmqpQueue(Arc<Shared>);
 
 /// Subscribers that may have a connection of their own.
 const MAX_QUARANTINES: usize = 8;
+
+/// Timeout of a claim to the subscribers made over the API: a client waits for it.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl AmqpQueue {
     pub fn new(config: AmqpConfig, metrics: Metrics) -> Self {
@@ -189,6 +193,24 @@ impl AmqpQueue {
     /// The broker cannot be reached.
     pub async fn history_store(&self) -> Result<Option<String>, QueueError> {
         state_stream::store(&self.0).await
+    }
+
+    /// The id of the store that has subscribers made over the API, by the record; for commands.
+    ///
+    /// # Errors
+    /// The broker cannot be reached.
+    pub async fn subscribers_store(&self) -> Result<Option<String>, QueueError> {
+        state_stream::manager(&self.0).await
+    }
+
+    /// Has the subscribers made over the API be those of this store, whichever had them before: the
+    /// daemon of that one changes none any more.
+    ///
+    /// # Errors
+    /// It is unknown whether it was recorded.
+    pub async fn adopt_subscribers(&self, store: &str) -> Result<(), QueueError> {
+        self.0.topology.ensure_state(&mut self.0.broker()).await?;
+        state_stream::adopt_subscribers(&self.0, store).await
     }
 
     /// Gives history to this store, whichever had it before: the daemon of that one ends its
@@ -323,6 +345,20 @@ impl Queue for AmqpQueue {
 
     fn history_store(&self) -> watch::Receiver<Option<Option<String>>> {
         self.0.history.recorded.subscribe()
+    }
+
+    fn subscribers_store(&self) -> watch::Receiver<Option<Option<String>>> {
+        self.0.manager.subscribe()
+    }
+
+    async fn claim_subscribers(&self, store: &str) -> Result<(), QueueError> {
+        let late = || {
+            let why =
+                format!("no record was written and read within {} s", CLAIM_TIMEOUT.as_secs());
+            state_stream::error(&self.0.topology, &why)
+        };
+        let claim = state_stream::claim_subscribers(&self.0, store);
+        timeout(CLAIM_TIMEOUT, claim).await.unwrap_or_else(|_| Err(late()))
     }
 
     async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {

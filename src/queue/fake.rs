@@ -57,6 +57,8 @@ struct State {
     begins: BTreeMap<SubscriberName, Begin>,
     /// What was bound before; `None` while that cannot be asked.
     bound: Option<BTreeSet<SubscriberName>>,
+    /// The stores that have claimed its subscribers.
+    claims: Vec<String>,
 }
 
 /// What history gets of it.
@@ -231,6 +233,11 @@ impl Fake {
         self.with(|s| s.history.is_held = is_held);
     }
 
+    /// Takes the ids of the stores that have claimed its subscribers made over the API.
+    pub(crate) fn take_claims(&self) -> Vec<String> {
+        self.with(|s| std::mem::take(&mut s.claims))
+    }
+
     pub(crate) fn be_silent(&self, is_silent: bool) {
         self.with(|s| s.is_silent = is_silent);
     }
@@ -265,6 +272,11 @@ impl Queue for Fake {
         if self.with(|s| s.history.is_elsewhere) {
             return Err(QueueError::another_store("another store has it"));
         }
+        Ok(())
+    }
+
+    async fn claim_subscribers(&self, store: &str) -> Result<(), QueueError> {
+        self.with(|s| s.claims.push(store.to_owned()));
         Ok(())
     }
 

@@ -32,9 +32,9 @@ pub struct Removals {
 pub enum Sharing {
     #[default]
     Alone,
-    /// That is not known: which store has the history of the queue, or which is this daemon's.
+    /// That is not known: which store counts on the queue, or which is this daemon's.
     Unknown,
-    /// Another store has the history of the queue.
+    /// Another store's subscribers count on the queue.
     Elsewhere,
 }
 

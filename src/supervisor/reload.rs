@@ -2,7 +2,7 @@
 
 mod managing;
 
-pub use self::managing::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN};
+pub use self::managing::{ELSEWHERE, Editing, NotStored, Owners, Stored, UNKNOWN, store_id};
 use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};

@@ -362,8 +362,8 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// Reports what has to be bound, the patterns that events are compared with, and the store that
-    /// has history.
+    /// Reports what has to be bound, the patterns that events are compared with, and the stores that
+    /// have history, and subscribers made over the API.
     fn report_bindings(&mut self) {
         *self.shared.bound() = self.ownership.to_be_bound();
         let recorded = self.ownership.recorded();
@@ -373,14 +373,19 @@ impl<'a> Follower<'a> {
         }
         // Before the store: its queue is bound once that is known.
         self.shared.history.report_lack(recorded.history_lacks.as_ref());
-        let store = Some(recorded.store.clone());
-        self.shared.history.recorded.send_if_modified(|known| {
-            let is_new = *known != store;
-            if is_new {
-                *known = store;
-            }
-            is_new
-        });
+        let stores = [
+            (&self.shared.manager, &recorded.manager),
+            (&self.shared.history.recorded, &recorded.store),
+        ];
+        for (known, store) in stores {
+            known.send_if_modified(|known| {
+                let is_new = known.as_ref() != Some(store);
+                if is_new {
+                    *known = Some(store.clone());
+                }
+                is_new
+            });
+        }
         self.matched = Some(patterns);
     }
 

@@ -75,6 +75,14 @@ pub(super) enum Record {
         adopted: bool,
         at: String,
     },
+    /// A store has subscribers that were made over the API: the first that is recorded, unless one is
+    /// `adopted`. A store that adopts history has them too.
+    Manages {
+        manages: String,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        adopted: bool,
+        at: String,
+    },
 }
 
 /// Events that history lacks, as a daemon has found: which store has their gap is another matter.
@@ -120,6 +128,10 @@ pub(super) type Patterns = BTreeMap<SubscriberName, BTreeSet<String>>;
 pub(super) type Bindings = BTreeMap<SubscriberName, Bound>;
 
 impl Record {
+    /// The number of kinds that a state can fold into, which is every kind except marks. A version
+    /// that knows fewer leaves the others out of its snapshots.
+    pub(super) const KINDS: u32 = 7;
+
     pub(super) fn of(subscriber: &SubscriberName, pause_state: &PauseState) -> Self {
         let subscriber = subscriber.clone();
         match pause_state.clone() {
@@ -148,6 +160,8 @@ pub(super) struct Recorded {
     pub(super) asked: BTreeSet<SubscriberName>,
     /// The store that has history.
     pub(super) store: Option<String>,
+    /// The store that has subscribers made over the API.
+    pub(super) manager: Option<String>,
     /// Events that history lacks, until its store has that gap.
     pub(super) history_lacks: Option<Lack>,
 }
@@ -193,6 +207,11 @@ impl Recorded {
             adopted: false,
             at: at.clone(),
         });
+        let manager = self.manager.iter().map(|store| Record::Manages {
+            manages: store.clone(),
+            adopted: false,
+            at: at.clone(),
+        });
         let lacks = self.history_lacks.iter().cloned().map(Record::from);
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
@@ -201,6 +220,7 @@ impl Recorded {
             .chain(self.bindings.iter().map(bound))
             .chain(pause_states)
             .chain(store)
+            .chain(manager)
             .chain(lacks)
             .chain(asked)
             .collect()
@@ -243,8 +263,17 @@ impl Recorded {
                 About::Asked(asked)
             }
             Record::Store { store, adopted, .. } => {
+                if adopted && self.manager.is_some() {
+                    self.manager = Some(store.clone());
+                }
                 if adopted || self.store.is_none() {
                     self.store = Some(store);
+                }
+                About::Nothing
+            }
+            Record::Manages { manages, adopted, .. } => {
+                if adopted || self.manager.is_none() {
+                    self.manager = Some(manages);
                 }
                 About::Nothing
             }
@@ -295,6 +324,8 @@ pub(super) fn now() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -361,6 +392,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_first_store_has_subscribers_until_another_one_adopts_them_or_history() {
+        let mut recorded = Recorded::default();
+        for (line, manager) in [
+            (r#"{"store":"a","adopted":true,"at":"2026-01-01T00:00:00Z"}"#, None),
+            (r#"{"manages":"a","at":"2026-01-01T00:00:01Z"}"#, Some("a")),
+            (r#"{"manages":"b","at":"2026-01-01T00:00:02Z"}"#, Some("a")),
+            (r#"{"manages":"b","adopted":true,"at":"2026-01-01T00:00:03Z"}"#, Some("b")),
+            (r#"{"store":"c","at":"2026-01-01T00:00:04Z"}"#, Some("b")),
+            (r#"{"store":"c","adopted":true,"at":"2026-01-01T00:00:05Z"}"#, Some("c")),
+        ] {
+            recorded.apply(serde_json::from_str(line).expect("a record"), "x");
+            assert_eq!(recorded.manager.as_deref(), manager, "{line}");
+        }
+    }
+
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
@@ -415,6 +462,7 @@ mod tests {
     fn an_earlier_version_does_not_take_a_record_of_history_for_another() {
         for record in [
             Record::Store { store: "a".to_owned(), adopted: true, at: now() },
+            Record::Manages { manages: "a".to_owned(), adopted: true, at: now() },
             lack("x", Some(1), 2).into(),
             lack("", Some(1), 2).into(),
             lack("x", None, 2).into(),
@@ -439,11 +487,15 @@ mod tests {
             r#"{"asked":"a"}"#,
             r#"{"asked":"b"}"#,
             r#"{"store":"s","at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"manages":"m","at":"2026-01-02T00:00:00Z"}"#,
             r#"{"history_lacks":"not bound","since":"2026-01-01T23:59:00.123Z","at":"2026-01-02T00:00:00.456Z"}"#,
         ] {
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
         }
-        let text = serde_json::to_string(&recorded.records()).expect("prints");
+        let records = recorded.records();
+        let kinds: HashSet<_> = records.iter().map(std::mem::discriminant).collect();
+        assert_eq!(kinds.len(), Record::KINDS as usize);
+        let text = serde_json::to_string(&records).expect("prints");
         let mut again = Recorded::default();
         for record in serde_json::from_str::<Vec<Record>>(&text).expect("records") {
             again.apply(record, "another");

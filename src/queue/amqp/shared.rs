@@ -84,6 +84,8 @@ pub(super) struct Shared {
     /// A settlement found no queue, and restoring it has failed.
     pub(super) damaged: watch::Sender<bool>,
     pub(super) history: HistoryState,
+    /// The store that has subscribers made over the API, by the record; `None` until that was read.
+    pub(super) manager: watch::Sender<Option<Option<String>>>,
     pub(super) marks: Marks,
     /// Since when this process knows that a subscriber's patterns are bound.
     pub(super) bound_since: Mutex<HashMap<SubscriberName, (Vec<Pattern>, Instant)>>,
@@ -121,6 +123,7 @@ impl Shared {
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),
             history: HistoryState::default(),
+            manager: watch::Sender::default(),
             marks: Marks::default(),
             bound_since: Mutex::default(),
             matching: Mutex::default(),

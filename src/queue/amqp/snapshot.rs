@@ -3,9 +3,10 @@
 //! A daemon that has read many records writes the state that they fold into, up to one of their
 //! marks, into a stream of its own. The next one takes the newest snapshot and reads the state
 //! stream from that mark on. A snapshot is used only if the mark is where it says: it does not fit
-//! a state stream that was deleted and redeclared. Without a fitting one the state stream is read
-//! from its beginning, as by versions without snapshots. So nothing depends on a snapshot: without
-//! it a start only takes longer.
+//! a state stream that was deleted and redeclared. Nor is one used of a version that knew fewer
+//! kinds of records, and left out what it did not know. Without a fitting one the state stream is
+//! read from its beginning, as by versions without snapshots. So nothing depends on a snapshot:
+//! without it a start only takes longer.
 
 use std::time::Duration;
 
@@ -42,11 +43,22 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Snapshot {
+    /// The kinds that its version knew; missing before `{"manages":…}`.
+    #[serde(default)]
+    kinds: u32,
     /// The offset of the mark in the state stream.
     offset: u64,
     mark: String,
     /// The records that fold into the state up to there.
     records: Vec<Record>,
+}
+
+impl Snapshot {
+    /// `None` for one of a version that knew fewer kinds of records.
+    fn whole(data: &[u8]) -> serde_json::Result<Option<Self>> {
+        let snapshot: Self = serde_json::from_slice(data)?;
+        Ok(Some(snapshot).filter(|snapshot| snapshot.kinds >= Record::KINDS))
+    }
 }
 
 /// The state stream, open for reading.
@@ -91,8 +103,8 @@ async fn at_snapshot(pool: &Pool, topology: &Topology) -> Result<Option<Opened>,
     let (_lease, mut snapshots) =
         consume(pool, &topology.snapshot(), AMQPValue::LongString("last".into())).await?;
     let Some(newest) = next(&topology.snapshot(), &mut snapshots).await? else { return Ok(None) };
-    let Snapshot { offset, mark, records } =
-        serde_json::from_slice(&newest.data).map_err(|e| error(&topology.snapshot(), &e))?;
+    let parsed = Snapshot::whole(&newest.data).map_err(|e| error(&topology.snapshot(), &e))?;
+    let Some(Snapshot { offset, mark, records, .. }) = parsed else { return Ok(None) };
     let Ok(at) = i64::try_from(offset) else { return Ok(None) };
     let (lease, mut following) =
         consume(pool, &topology.state(), AMQPValue::LongLongInt(at)).await?;
@@ -121,7 +133,8 @@ pub(super) async fn save(
 ) -> Result<(), QueueError> {
     let stream = topology.snapshot();
     topology.ensure_snapshot(&mut Broker::new(pool)).await?;
-    let snapshot = Snapshot { offset, mark: mark.to_owned(), records: recorded.records() };
+    let (mark, records) = (mark.to_owned(), recorded.records());
+    let snapshot = Snapshot { kinds: Record::KINDS, offset, mark, records };
     let body = serde_json::to_vec(&snapshot).map_err(|e| error(&stream, &e))?;
     let properties = BasicProperties::default()
         .with_delivery_mode(2)
@@ -170,4 +183,29 @@ async fn next(stream: &str, messages: &mut Consumer) -> Result<Option<Delivery>,
 
 fn error(stream: &str, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
     QueueError::new(format!("stream `{stream}`: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_of_a_version_that_knew_fewer_records_is_not_used() {
+        for (kinds, is_used) in [
+            (String::new(), false),
+            (format!(r#""kinds":{},"#, Record::KINDS - 1), false),
+            (format!(r#""kinds":{},"#, Record::KINDS), true),
+            (format!(r#""kinds":{},"later":1,"#, Record::KINDS + 1), true),
+        ] {
+            let text = format!(r#"{{{kinds}"offset":7,"mark":"m","records":[]}}"#);
+            let found = Snapshot::whole(text.as_bytes()).expect("it is a snapshot");
+            assert_eq!(found.is_some(), is_used, "{text}");
+        }
+        // Of a later version, with a record that this one does not know.
+        let text = format!(
+            r#"{{"kinds":{},"offset":7,"mark":"m","records":[{{"later":"kind"}}]}}"#,
+            Record::KINDS + 1
+        );
+        assert!(Snapshot::whole(text.as_bytes()).is_err());
+    }
 }

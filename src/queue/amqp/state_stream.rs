@@ -123,6 +123,49 @@ pub(super) async fn adopt(shared: &Shared, store: &str) -> Result<(), QueueError
     write(&shared.topology, shared.publisher(), &adopted).await
 }
 
+/// Reads which store has subscribers made over the API; for commands, which do not follow the
+/// stream.
+pub(super) async fn manager(shared: &Shared) -> Result<Option<String>, QueueError> {
+    Ok(read(shared).await?.manager)
+}
+
+/// Writes that the subscribers made over the API are a store's from now on, whichever had them
+/// before.
+pub(super) async fn adopt_subscribers(shared: &Shared, store: &str) -> Result<(), QueueError> {
+    let adopted = Record::Manages { manages: store.to_owned(), adopted: true, at: now() };
+    write(&shared.topology, shared.publisher(), &adopted).await
+}
+
+/// Records that a store has subscribers made over the API, and waits until that was read.
+///
+/// # Errors
+/// Another store has some; or it cannot be recorded.
+pub(super) async fn claim_subscribers(shared: &Shared, store: &str) -> Result<(), QueueError> {
+    let mut manager = shared.manager.subscribe();
+    loop {
+        let found = manager.wait_for(Option::is_some).await;
+        // An error means that everything ends.
+        let found = found.map_err(|_| error(&shared.topology, "it is closed"))?.clone().flatten();
+        match found {
+            Some(found) if found == store => return Ok(()),
+            Some(_) => {
+                let prefix = shared.topology.prefix();
+                let why = format!(
+                    "another store has the subscribers made over the API for [queue] prefix `{prefix}`"
+                );
+                let remedy = "give each daemon a prefix of its own, or have this store count: hooktrail store adopt";
+                return Err(QueueError::another_store(why).remedied(remedy));
+            }
+            None => {
+                let claim =
+                    Record::Manages { manages: store.to_owned(), adopted: false, at: now() };
+                write(&shared.topology, shared.publisher(), &claim).await?;
+                manager.wait_for(|found| found.as_ref().is_some_and(Option::is_some)).await.ok();
+            }
+        }
+    }
+}
+
 /// Records that history lacks events, for the daemon that has it now or later. Returns whether it was
 /// recorded; a failure is logged.
 pub(super) async fn record_lack(shared: &Shared, lack: Lack) -> bool {

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{
     sync::{MutexGuard, watch},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use super::{Because, Reloader, Unchanged, log_changes, log_managed};
@@ -22,7 +22,7 @@ use crate::{
     crypto::secret::Secret,
     delivery::SubscriberName,
     policy::retry::Backoff,
-    queue::Sharing,
+    queue::{Queue, Sharing},
     store::{Deleted, NewOperation, Put, Store, StoreError, StoredSubscriber},
     supervisor::managed::{Entry, Managed},
 };
@@ -33,16 +33,61 @@ const BECAUSE: Because = Because::Operator("the API");
 const FIRST_TRY: Duration = Duration::from_millis(200);
 const LAST_TRY: Duration = Duration::from_secs(60);
 
-/// The time between two tries to read the id of the store.
+/// The time between two tries to read the id of the store, or to record that it has subscribers.
 const OWNER_AGAIN: Duration = Duration::from_secs(10);
 
-/// What it means that it is not known which store has the history of the queue.
-pub const UNKNOWN: &str = "it is not known which store has the history of [queue] prefix, and whether that is this daemon's: right after a \
-     start, or while its `store.db` is away; this daemon unbinds nobody, and changes none; try again in a moment";
+/// Timeout of reading the id of the store: a disk that hangs holds nothing else up.
+const ID_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What it means that another store has the history of the queue.
-pub const ELSEWHERE: &str = "another store has the history of [queue] prefix, and may have subscribers made over the API: this daemon \
-     unbinds nobody, and changes none; give each daemon a prefix of its own, or move history to this store: hooktrail store adopt";
+/// What it means that it is not known whose subscribers count on the queue.
+pub const UNKNOWN: &str = "it is not known which store has the history of [queue] prefix, or subscribers made over the API, and whether that \
+     is this daemon's: right after a start, or while its `store.db` is away; this daemon unbinds nobody, and changes none; try again in a moment";
+
+/// What it means that another store's subscribers count on the queue.
+pub const ELSEWHERE: &str = "another store has the history of [queue] prefix, or subscribers made over the API for it: this daemon unbinds \
+     nobody, and changes none; give each daemon a prefix of its own, or have this store count: hooktrail store adopt";
+
+/// The stores that count on a queue which several daemons may share, as it records them; the outer
+/// `None` while that is not known.
+#[derive(Debug)]
+pub struct Owners {
+    /// That of history.
+    pub history: watch::Receiver<Option<Option<String>>>,
+    /// That of subscribers made over the API.
+    pub subscribers: watch::Receiver<Option<Option<String>>>,
+    /// This daemon may change subscribers: it leaves them to the store of history where none has any
+    /// yet.
+    pub manages: bool,
+    /// This daemon has a store, which may be the one that counts.
+    pub has_store: bool,
+}
+
+impl Owners {
+    /// The store whose subscribers count.
+    fn borrow_and_update(&mut self) -> Option<Option<String>> {
+        let (history, subscribers) = (
+            self.history.borrow_and_update().clone(),
+            self.subscribers.borrow_and_update().clone(),
+        );
+        match subscribers {
+            Some(None) if self.manages => history,
+            known => known,
+        }
+    }
+
+    /// False when the queue is dropped.
+    async fn changed(&mut self) -> bool {
+        tokio::select! {
+            changed = self.history.changed() => changed.is_ok(),
+            changed = self.subscribers.changed() => changed.is_ok(),
+        }
+    }
+
+    /// No store has subscribers, by the record.
+    fn lack_subscribers(&self) -> bool {
+        *self.subscribers.borrow() == Some(None)
+    }
+}
 
 /// The right to change the set: nobody else changes it meanwhile.
 #[derive(Debug)]
@@ -99,20 +144,20 @@ impl Reloader {
         editing.go_on(managed, Because::Files("the store has other subscribers")).await.ok();
     }
 
-    /// Has the queue unbind nobody while another store has its history, or that is not known: that
-    /// store may have subscribers of which this one knows nothing. Ends when the queue is dropped.
-    pub async fn follow_owner(
-        &self,
-        mut owner: watch::Receiver<Option<Option<String>>>,
-        store: &impl Store,
-    ) {
-        let mut is_told = false;
+    /// Has the queue unbind nobody while another store's subscribers count, or that is not known: that
+    /// store may have some of which this one knows nothing. Claims the queue as long as this store
+    /// has some. Ends when the queue is dropped.
+    pub async fn follow_owner(&self, mut owners: Owners, queue: &impl Queue, store: &impl Store) {
+        let (mut is_told, mut is_unclaimed) = (false, false);
+        let mut managed = self.0.managed.subscribe();
         loop {
-            let found = owner.borrow_and_update().clone();
+            let found = owners.borrow_and_update();
+            let has_some = !managed.borrow_and_update().names().is_empty();
             let sharing = match &found {
                 None => Sharing::Unknown,
                 Some(None) => Sharing::Alone,
-                Some(Some(owner)) => match store.id().await {
+                Some(Some(_)) if !owners.has_store => Sharing::Elsewhere,
+                Some(Some(owner)) => match store_id(store).await {
                     Ok(own) if own == *owner => Sharing::Alone,
                     Ok(_) => Sharing::Elsewhere,
                     // Its own store is away.
@@ -125,9 +170,14 @@ impl Reloader {
             }
             self.0.removals.share(sharing);
             let is_own_away = sharing == Sharing::Unknown && found.is_some();
+            let claims = has_some && sharing == Sharing::Alone && owners.lack_subscribers();
+            let was_unclaimed = is_unclaimed;
+            is_unclaimed = claims && !claimed(queue, store, was_unclaimed).await;
             tokio::select! {
-                changed = owner.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(OWNER_AGAIN), if is_own_away => {}
+                is_open = owners.changed() => if !is_open { return },
+                // The sender is this reloader's.
+                Ok(()) = managed.changed() => {}
+                () = tokio::time::sleep(OWNER_AGAIN), if is_own_away || is_unclaimed => {}
             }
         }
     }
@@ -175,6 +225,38 @@ impl Reloader {
                 Ok(()) = managed.changed() => {}
                 Ok(()) = behind.changed() => {}
             }
+        }
+    }
+}
+
+/// The id of the store, in time.
+///
+/// # Errors
+/// The store is away, or does not answer.
+pub async fn store_id(store: &impl Store) -> Result<String, StoreError> {
+    timeout(ID_TIMEOUT, store.id()).await.unwrap_or_else(|_| {
+        let why = format!("`store.db` does not answer within {} s", ID_TIMEOUT.as_secs());
+        Err(StoreError::new(why))
+    })
+}
+
+/// Claims the queue for the subscribers of this store; returns whether that is recorded.
+async fn claimed(queue: &impl Queue, store: &impl Store, is_told: bool) -> bool {
+    // A store that is away is reported, and its id is asked for again.
+    let Ok(id) = store_id(store).await else { return false };
+    match queue.claim_subscribers(&id).await {
+        Ok(()) => true,
+        // Another one was faster, and counts.
+        Err(e) if e.is_of_another_store() => true,
+        Err(error) => {
+            let what = "it is not recorded that this store has subscribers made over the API";
+            match is_told {
+                false => {
+                    tracing::warn!(%error, "{what}, so that another daemon may unbind them; trying again");
+                }
+                true => tracing::debug!(%error, "{what}"),
+            }
+            false
         }
     }
 }
@@ -330,12 +412,10 @@ impl Editing<'_> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::timeout;
-
     use super::*;
     use crate::{
         config::testing,
-        queue::{QueueError, Removals},
+        queue::{QueueError, Removals, fake::Fake},
         store::{KeptSubscribers, fake::FakeStore},
         telemetry::{log, metrics::Metrics},
     };
@@ -445,35 +525,112 @@ mod tests {
         assert!(matches!(put, Err(NotStored::Differs(None))), "{put:?}");
     }
 
-    #[tokio::test]
-    async fn nobody_is_unbound_before_it_is_known_that_no_other_store_has_the_history() {
-        let (removals, store) = (Removals::default(), FakeStore::default());
-        let reloader = reloader(&removals);
-        let owner = watch::Sender::new(None);
-        let (following, of, receiver) = (reloader.clone(), store.clone(), owner.subscribe());
-        let follow = tokio::spawn(async move { following.follow_owner(receiver, &of).await });
-        let shared = async |expected: Sharing| {
-            while removals.sharing() != expected {
-                tokio::task::yield_now().await;
+    /// Waits until this is so.
+    async fn in_time(is_so: impl AsyncFn() -> bool) {
+        let wait = async {
+            while !is_so().await {
+                tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
+        timeout(Duration::from_secs(60), wait).await.expect("in time");
+    }
+
+    #[tokio::test]
+    async fn a_store_with_subscribers_claims_the_queue_also_when_its_record_was_lost() {
+        let (removals, store, queue) = (Removals::default(), FakeStore::default(), Fake::default());
+        let reloader = reloader(&removals);
+        let history = watch::Sender::new(Some(None));
+        let subscribers = watch::Sender::new(Some(None));
+        let owners = Owners {
+            history: history.subscribe(),
+            subscribers: subscribers.subscribe(),
+            manages: false,
+            has_store: true,
+        };
+        removals.share(Sharing::Unknown);
+        let (following, to, of) = (reloader.clone(), queue.clone(), store.clone());
+        let follow = tokio::spawn(async move { following.follow_owner(owners, &to, &of).await });
+        let shared = async |expected| in_time(async || removals.sharing() == expected).await;
+        let claims = async || {
+            let all = std::cell::RefCell::new(Vec::new());
+            in_time(async || {
+                all.borrow_mut().extend(queue.take_claims());
+                !all.borrow().is_empty()
+            })
+            .await;
+            all.into_inner()
+        };
+        shared(Sharing::Alone).await;
+        assert_eq!(queue.take_claims(), [""; 0], "it has none");
+        let editing = reloader.edit().await;
+        let document = Secret::new(r#"{"url":"https://example.com/","signatures":[]}"#);
+        let put = editing.put(&store, &"siem".into(), document, None, operation("add")).await;
+        put.expect("it is stored");
+        assert_eq!(claims().await[0], "fake");
+        subscribers.send_replace(Some(Some("other".to_owned())));
+        shared(Sharing::Elsewhere).await;
+        queue.take_claims();
+        // The record was deleted.
+        subscribers.send_replace(Some(None));
+        assert_eq!(claims().await, ["fake"]);
+        drop((history, subscribers));
+        follow.await.expect("ends");
+    }
+
+    #[tokio::test]
+    async fn nobody_is_unbound_before_it_is_known_that_no_other_stores_subscribers_count() {
+        let (removals, store, queue) = (Removals::default(), FakeStore::default(), Fake::default());
+        let [history, subscribers] = [const { None }; 2].map(watch::Sender::new);
+        let follow = |manages, has_store| {
+            let (history, subscribers) = (history.subscribe(), subscribers.subscribe());
+            let owners = Owners { history, subscribers, manages, has_store };
+            let (following, queue, of) = (reloader(&removals), queue.clone(), store.clone());
+            tokio::spawn(async move { following.follow_owner(owners, &queue, &of).await })
+        };
+        let shared = async |expected| in_time(async || removals.sharing() == expected).await;
+        let send = |to: &watch::Sender<_>, store: Option<&str>| {
+            to.send_replace(Some(store.map(str::to_owned)));
+        };
+        let following = follow(true, true);
         shared(Sharing::Unknown).await;
+        send(&subscribers, None);
         for (of, sharing) in [
             (None, Sharing::Alone),
             (Some("other"), Sharing::Elsewhere),
             (Some("fake"), Sharing::Alone),
         ] {
-            owner.send_replace(Some(of.map(str::to_owned)));
+            send(&history, of);
             shared(sharing).await;
         }
+        // Those that were made count, whoever has history.
+        send(&subscribers, Some("other"));
+        shared(Sharing::Elsewhere).await;
+        send(&history, Some("other"));
+        send(&subscribers, Some("fake"));
+        shared(Sharing::Alone).await;
         // With its own store away it cannot know.
         store.memory().away = Some(StoreError::away("away"));
-        owner.send_replace(Some(Some("fake".to_owned())));
+        send(&subscribers, Some("fake"));
         shared(Sharing::Unknown).await;
         store.memory().away = None;
-        owner.send_replace(Some(Some("fake".to_owned())));
+        send(&subscribers, Some("fake"));
         shared(Sharing::Alone).await;
-        drop(owner);
-        follow.await.expect("ends");
+        following.abort();
+        // One that makes none leaves those of others alone, and is not held up by history.
+        send(&subscribers, None);
+        let following = follow(false, true);
+        shared(Sharing::Alone).await;
+        send(&subscribers, Some("other"));
+        shared(Sharing::Elsewhere).await;
+        following.abort();
+        // One that has no store need not know its id.
+        store.memory().away = Some(StoreError::away("off"));
+        send(&subscribers, None);
+        let following = follow(false, false);
+        shared(Sharing::Alone).await;
+        send(&subscribers, Some("other"));
+        shared(Sharing::Elsewhere).await;
+        drop((history, subscribers));
+        following.await.expect("ends");
     }
 }

@@ -6,16 +6,20 @@ use serde_json::{Value, json};
 
 use crate::support::{
     api::{Answered, Api},
+    broker::Broker,
     daemon::{QUICK, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
+    tests_that_need,
 };
 
 on_both_queues!(
     a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_changed_and_removed,
     files_win_and_a_reload_removes_no_subscriber_of_the_api,
 );
+
+tests_that_need!(broker: daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store);
 
 const TOKEN: &str = "Bearer quite-secret";
 
@@ -195,6 +199,76 @@ async fn files_win_and_a_reload_removes_no_subscriber_of_the_api(queue: Queue) {
     let mut got = receiver.accepted();
     got.sort_unstable();
     assert_eq!(got, [0, 1, 1]);
+}
+
+/// Neither has history, or the other one makes no subscribers: that no daemon has claimed history says
+/// nothing of them.
+fn daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store() {
+    crate::support::run(async {
+        const NO_HISTORY: &str = "[history]\nretention = \"0s\"\n";
+        for other_manages in [true, false] {
+            let (receiver, api) = (Receiver::accepting().await, Api::new());
+            let broker = Broker::shared();
+            for name in ["siem", "two"] {
+                broker.knows(name);
+            }
+            // So that the other one misses not all of them.
+            let files = subscriber("a", &receiver.url, "events = [\"nothing\"]");
+            let setup = Setup::new(&broker, &managing(&api, &(NO_HISTORY.to_owned() + &files)));
+            let daemon = setup.start().await;
+            let made = json!({ "name": "siem", "url": receiver.url, "events": ["user.*"] });
+            let answer = send(&api, "POST", "", "", &made).await;
+            assert_eq!(answer.status, 201, "{answer:?}");
+            broker.publish("user.created", [event(0)]).await;
+            accepted(&receiver, &[0]).await;
+            assert!(daemon.stop().await.success());
+
+            let its_api = Api::new();
+            let text = match other_manages {
+                true => managing(&its_api, &(NO_HISTORY.to_owned() + &files)),
+                false => format!("{QUICK}{files}"),
+            };
+            let other_setup = Setup::new(&broker, &text);
+            let other = other_setup.start().await;
+            eventually("it has decided", async || {
+                let log = other.log();
+                log.contains("subscribers made over the API for it") || log.contains("was unbound")
+            })
+            .await;
+            broker.publish("user.created", [event(1)]).await;
+            if other_manages {
+                let made = json!({ "name": "siem", "url": receiver.url });
+                let headers = [("authorization", TOKEN), ("content-type", "application/json")];
+                let path = "/api/v1/subscribers";
+                let answer = its_api.send("POST", path, &headers, &made.to_string()).await;
+                assert!(
+                    answer.status == 503 && answer.text.contains("another store"),
+                    "{answer:?}"
+                );
+            }
+            assert!(other.stop().await.success());
+            let _daemon = setup.start().await;
+            broker.publish("user.created", [event(2)]).await;
+            accepted(&receiver, &[0, 1, 2]).await;
+
+            if other_manages {
+                let adopted = other_setup.ok(&["store", "adopt"]);
+                assert!(adopted.contains("are not copied"), "{adopted}");
+                let again = other_setup.ok(&["store", "adopt"]);
+                assert!(again.contains("count already"), "{again}");
+                let _other = other_setup.start().await;
+                let made = json!({ "name": "two", "url": receiver.url, "events": ["nothing"] });
+                let answer = send(&its_api, "POST", "", "", &made).await;
+                assert_eq!(answer.status, 201, "{answer:?}");
+                let headers = [("authorization", TOKEN), ("if-match", "\"1\"")];
+                let path = "/api/v1/subscribers/nobody?backlog=keep";
+                eventually("the first one changes none any more", async || {
+                    api.send("DELETE", path, &headers, "").await.status == 503
+                })
+                .await;
+            }
+        }
+    });
 }
 
 #[test]
