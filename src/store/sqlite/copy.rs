@@ -17,8 +17,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     fault::{millis, time},
-    open,
-    schema::{ASIDE, COPY_FILE, PART},
+    schema::{self, ASIDE, COPY_FILE, PART},
     sealed::{Rows, SealedRow},
 };
 use crate::{crypto::seal::Sealed, sqlite::with_suffix, store::Stamp};
@@ -156,7 +155,7 @@ impl Copy {
     /// It is where it was.
     pub(super) fn set_aside(&mut self) -> std::io::Result<PathBuf> {
         self.whole = None;
-        let aside = open::aside_path(&self.path);
+        let aside = schema::aside_path(&self.path);
         std::fs::rename(&self.path, &aside)?;
         Ok(aside)
     }

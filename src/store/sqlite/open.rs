@@ -320,7 +320,7 @@ fn open_history(path: &Path, because: &mut Option<String>) -> Result<Database, s
 
 /// Moves a damaged history away, and returns why history begins again.
 pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
-    let aside = aside_path(path);
+    let aside = schema::aside_path(path);
     for suffix in ["", "-wal", "-shm"] {
         match std::fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix)) {
             Err(e) if e.kind() != ErrorKind::NotFound => {
@@ -339,16 +339,6 @@ pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
         "the file before it was damaged, and set aside as `{}`",
         aside.file_name().unwrap_or_default().to_string_lossy()
     ))
-}
-
-/// Where a damaged file is set aside: its name and the time, to the microsecond. Two files of one
-/// second must not have one name: the second would replace the first.
-pub(super) fn aside_path(path: &Path) -> PathBuf {
-    let now = clock::now();
-    let second: String =
-        clock::rfc3339_seconds(now).chars().filter(|c| !"-:Z".contains(*c)).collect();
-    let micros = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_micros();
-    with_suffix(path, &format!("{ASIDE}{second}{micros:06}Z"))
 }
 
 /// A disk that damages file after file must not be filled by them.

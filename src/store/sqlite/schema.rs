@@ -1,8 +1,14 @@
 //! The schemas of the two files.
 
+use std::{
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
 use crate::{
+    clock,
     failpoint::Step,
-    sqlite::{Options, Schema, Synchronous},
+    sqlite::{Options, Schema, Synchronous, with_suffix},
 };
 
 /// May be deleted: events, deliveries, and what belongs to them.
@@ -202,4 +208,14 @@ pub(super) const fn store() -> Options {
         damaged: "stop hooktrail, keep a copy, and put a backup in its place, or move it away",
         ..Options::new("store", "store", schema)
     }
+}
+
+/// Where a damaged file is set aside: its name and the time, to the microsecond. Two files of one
+/// second must not have one name: the second would replace the first.
+pub(super) fn aside_path(path: &Path) -> PathBuf {
+    let now = clock::now();
+    let second: String =
+        clock::rfc3339_seconds(now).chars().filter(|c| !"-:Z".contains(*c)).collect();
+    let micros = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_micros();
+    with_suffix(path, &format!("{ASIDE}{second}{micros:06}Z"))
 }
