@@ -26,7 +26,10 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use lapin::{BasicProperties, options::BasicPublishOptions};
+use lapin::{
+    BasicProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
 use shared::{BATCH, Counter, EVENT, median, number, process_figures, receive};
 use support::{
     api::{Answered, Api},
@@ -228,7 +231,11 @@ async fn latency(queue: &Queue, seconds: u64, kept: bool) -> (f64, f64) {
         .await;
     }
     let sent = publish(queue, &api, count).await;
-    eventually("all events arrived", async || missing.load(Ordering::Relaxed) == 0).await;
+    let all = eventually("all events arrived", async || missing.load(Ordering::Relaxed) == 0);
+    if tokio::time::timeout(Duration::from_secs(60), all).await.is_err() {
+        let missing: Vec<usize> = (0..count).filter(|n| arrived[*n].get().is_none()).collect();
+        panic!("these were confirmed and have not arrived: {missing:?}\n{}", daemon.log());
+    }
     daemon.stop().await;
     let mut waits: Vec<f64> = sent
         .iter()
@@ -246,10 +253,13 @@ async fn publish(queue: &Queue, api: &Api, count: usize) -> Vec<Instant> {
     match queue {
         Queue::Amqp(broker) => {
             let (connection, channel) = broker.channel().await;
+            let confirmed = ConfirmSelectOptions::default();
+            channel.confirm_select(confirmed).await.expect("selects");
+            let mut confirms = Vec::with_capacity(count);
             for n in 0..count {
                 ticks.tick().await;
                 sent.push(Instant::now());
-                channel
+                let published = channel
                     .basic_publish(
                         broker.exchange.as_str().into(),
                         "activity_log.user.updated".into(),
@@ -259,6 +269,11 @@ async fn publish(queue: &Queue, api: &Api, count: usize) -> Vec<Instant> {
                     )
                     .await
                     .expect("publishes");
+                confirms.push(published);
+            }
+            for confirm in confirms {
+                let confirmation = confirm.await.expect("confirms");
+                assert!(confirmation.is_ack(), "{confirmation:?}");
             }
             connection.close(200, "done".into()).await.expect("closes");
         }
