@@ -95,7 +95,7 @@
 //!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
 //!              · run · status · store · subscribers · test · cli
 //!              dead/ · choice · walk · summary · list · show · report · purge · replay
-//!              demo/ · sample · stage · receiver · home · narrator · play
+//!              demo/ · sample · stage · receiver · home · narrator · account · play
 //!              plan/ · forecast · print · json
 //!              status/ · table · story
 //!              subscribers/ · keys · print

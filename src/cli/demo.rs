@@ -1,6 +1,7 @@
 //! `demo`: everything on this machine with no set-up. A daemon, a queue and two receivers, one of
 //! which fails for a while; at the end every event is accounted for.
 
+mod account;
 mod home;
 mod narrator;
 mod play;

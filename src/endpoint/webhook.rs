@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
+use percent_encoding::percent_decode_str;
 use reqwest::{
     Body, Url,
     header::{
@@ -27,8 +29,8 @@ use self::{
 };
 use crate::{
     clock,
-    config::{HttpPolicy, Subscriber, changes::Differences, keys::Affects},
-    crypto::{signature::Signer, tls::SystemRoots},
+    config::{Auth, HttpPolicy, Subscriber, changes::Differences, keys::Affects},
+    crypto::{secret::Secret, signature::Signer, tls::SystemRoots},
     delivery::{BatchId, Failure, Outcome},
     event::payload::Format,
     policy::{
@@ -143,7 +145,10 @@ impl Webhook {
         connections: Arc<Connections>,
         subscriber: &Subscriber,
     ) -> Result<Self, String> {
-        let url = subscriber.url.expose().clone();
+        let mut url = subscriber.url.expose().clone();
+        // They are sent as a header, which `own_headers` makes.
+        url.set_username("").ok();
+        url.set_password(None).ok();
         let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
         let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
         let HttpPolicy { timeout, success, .. } = subscriber.http;
@@ -327,7 +332,9 @@ fn shown(headers: &HeaderMap) -> Vec<(String, Option<String>)> {
 /// The headers of every request of a subscriber. They are marked as sensitive, so that they are not
 /// printed, and HTTP/2 does not put them into its table.
 fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
-    let authorization = subscriber.auth.as_ref().map(|auth| (AUTHORIZATION, auth.header()));
+    let authorization = subscriber.auth.as_ref().map(Auth::header);
+    let authorization = authorization.or_else(|| of_userinfo(subscriber.url.expose()));
+    let authorization = authorization.map(|value| (AUTHORIZATION, value));
     let mut headers = HeaderMap::new();
     for (name, value) in subscriber.headers.iter().cloned().chain(authorization) {
         let mut value = HeaderValue::try_from(value.expose())
@@ -336,6 +343,17 @@ fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
         headers.insert(name, value);
     }
     Ok(headers)
+}
+
+/// The value of `authorization` for the name and the password in a URL (RFC 7617).
+fn of_userinfo(url: &Url) -> Option<Secret> {
+    let decoded = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
+    let (name, password) = (decoded(url.username()), url.password().map(decoded));
+    if name.is_empty() && password.is_none() {
+        return None;
+    }
+    let pair = [name, password.unwrap_or_default()].join(&b':');
+    Some(Secret::new(format!("Basic {}", BASE64.encode(pair))))
 }
 
 /// Reads the beginning of an answer's body. A short body is read to its end, so that the connection

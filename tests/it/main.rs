@@ -48,14 +48,17 @@ mod operators {
     mod documented;
     mod health_page;
     mod history;
+    mod kept_forms;
     mod letters;
     mod log;
     mod newcomers;
     mod operating;
+    mod previews;
     mod printed;
     mod reload;
     mod removals;
     mod replays;
+    mod roles;
     mod setting_up;
     mod subscribers;
     mod subscribers_commands;

@@ -14,6 +14,7 @@ use maud::{Markup, html};
 use super::{
     entry::{Console, Done, MayChange, Posted, This},
     form::Form,
+    notices::{DRAFT, draft_field, not_sent},
     page::{Page, Place, form_key, lines, text},
     session::Session,
 };
@@ -53,11 +54,19 @@ pub(super) trait Asks<Q: Queue, S: Store>: Act<Q, S> {
 pub(super) struct Of {
     name: Option<String>,
     pub(super) form: Form,
+    /// The form was kept while its browser was signed out.
+    is_kept: bool,
 }
 
 impl Of {
     fn new(name: Result<Name, Refusal>, form: Form) -> Self {
-        Self { name: name.ok().map(|Name(name)| name), form }
+        Self { name: name.ok().map(|Name(name)| name), form, is_kept: false }
+    }
+
+    /// A text that the user has typed before the session was over. An address has none: another
+    /// site may have made it.
+    pub(super) fn typed(&self, field: &str) -> &str {
+        if self.is_kept { self.form.get(field) } else { "" }
     }
 
     pub(super) fn name(&self) -> Result<&str, Refusal> {
@@ -105,11 +114,15 @@ async fn ask<A: Asks<Q, S>, Q: Queue, S: Store>(
     uri: Uri,
 ) -> Response {
     // What was typed before the session was over.
-    let draft = console.drafts.of(&session, uri.query());
-    let form = draft.unwrap_or_else(|| Form::whole(uri.query().unwrap_or_default()));
-    let of = Of::new(name, form);
+    let kept = console.drafts.form(&session, uri.query());
+    let field = kept.as_ref().map(draft_field);
+    let of = match kept {
+        Some(kept) => Of { is_kept: true, ..Of::new(name, kept.without(DRAFT)) },
+        // One that is sent or forgotten by now is no part of the form.
+        None => Of::new(name, Form::whole(uri.query().unwrap_or_default()).without(DRAFT)),
+    };
     match A::ask(&console, &session, &of).await {
-        Ok(ask) => ask.answer(&session, A::PLACE),
+        Ok(ask) => ask.answer(&session, A::PLACE, field),
         Err(refusal) => page(&session, A::PLACE, "Not possible").refused(&refusal),
     }
 }
@@ -124,8 +137,13 @@ async fn act<A: Act<Q, S>, Q: Queue, S: Store>(
     // The browser may leave in the middle: what was begun is done, and recorded.
     let work = async move {
         match A::act(&console, &session, &of).await {
-            Ok(Acted { to, done, is_new: true }) => console.lead(&session, &to, done),
-            Ok(Acted { to, done, .. }) => console.lead_unrecorded(&session, &to, done.notice),
+            Ok(Acted { to, done, is_new }) => {
+                console.drafts.done(&session, &of.form);
+                match is_new {
+                    true => console.lead(&session, &to, done),
+                    false => console.lead_unrecorded(&session, &to, done.notice),
+                }
+            }
             Err(refusal) => not_done(&session, A::PLACE, &refusal, &A::back(&of)),
         }
     };
@@ -133,14 +151,16 @@ async fn act<A: Act<Q, S>, Q: Queue, S: Store>(
 }
 
 impl Ask {
-    fn answer(self, session: &Session, place: Place) -> Response {
+    fn answer(self, session: &Session, place: Place, kept: Option<Markup>) -> Response {
         let Self { title, says, to, fields, button, command, back } = self;
         page(session, place, &title).answer(html! {
             div.head { h1 { (text(&title)) } }
+            @if kept.is_some() { (not_sent("")) }
             section.card.pad {
                 (says)
                 form.deed method="post" action=(to) {
                     (form_key(session))
+                    @if let Some(field) = kept { (field) }
                     (fields)
                     div.deeds {
                         @if let Some(button) = button { button.first { (button) } }

@@ -64,7 +64,7 @@ impl<Q: Queue, S: Store> Asks<Q, S> for Pause {
             fields: html! {
                 div.field {
                     label for="why" { "Reason, for whoever looks later" }
-                    input id="why" name="why" maxlength="500" placeholder="maintenance of the receiver" value=(of.form.get("why"));
+                    input id="why" name="why" maxlength="500" placeholder="maintenance of the receiver" value=(of.typed("why"));
                 }
             },
             button: Some("Pause"),

@@ -10,6 +10,7 @@ use super::{
     action::{Act, Acted, Ask, Asks, Of, REQUEST, good, pair, request_of, word},
     entry::{Console, Done},
     form::Form,
+    notices::DRAFT,
     page::{Place, path_to, text},
     session::Session,
 };
@@ -85,7 +86,7 @@ impl<const IS_PURGE: bool, Q: Queue, S: Store> Asks<Q, S> for OnLetters<IS_PURGE
 /// The list that the form was sent from, with its filters.
 fn list(name: &str, form: &Form) -> String {
     let form = form.clone().filled();
-    let own = ["form_key", REQUEST, "key", "as_of", "most"];
+    let own = ["form_key", REQUEST, DRAFT, "key", "as_of", "most"];
     own.into_iter().fold(form, Form::without).link(&list_of(name), None)
 }
 
@@ -168,7 +169,8 @@ async fn act<Q: Queue, S: Store>(
     act: dead::Act,
 ) -> Result<Acted, Refusal> {
     let (name, given) = (of.name()?, request_of(&of.form)?);
-    let form = of.form.clone().filled().without("form_key").without(REQUEST);
+    let own = ["form_key", REQUEST, DRAFT];
+    let form = own.into_iter().fold(of.form.clone().filled(), Form::without);
     let Chosen(wanted) = form.read()?;
     let Some(most) = wanted.most else {
         return Err(Refusal::bad(

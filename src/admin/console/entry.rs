@@ -14,7 +14,7 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     form::Form,
-    notices::{Drafts, Notices},
+    notices::{DRAFT, Drafts, Notices},
     page::{self, Place},
     session::{self, Session},
     sign_in::{self, Doorman, Onward, Said},
@@ -89,7 +89,7 @@ impl<Q: Queue, S: Store> Console<Q, S> {
             exporter,
             letters,
             notices: Notices::new("notice"),
-            drafts: Drafts::new("draft"),
+            drafts: Drafts::new(DRAFT),
             store,
             acting: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
         }
@@ -219,8 +219,11 @@ async fn kept<Q: Queue, S: Store>(
     if !is_over || !is_own || console.tokens.is_empty() {
         return None;
     }
-    let form = posted(body, MAX_FORM).await.ok()?;
-    Some(sign_in::page(Said::SignedOut, &Onward::form(parts.uri.path(), form)))
+    let (said, onward) = match posted(body, MAX_FORM).await {
+        Ok(form) => (Said::SignedOut, Onward::form(parts.uri.path(), form)),
+        Err(_) => (Said::NotKept, Onward::page(parts.uri.path())),
+    };
+    Some(sign_in::page(said, &onward))
 }
 
 /// The form of a request that changes something, which one of this session's pages has sent.

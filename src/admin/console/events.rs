@@ -14,8 +14,8 @@ use super::{
     chart,
     form::Form,
     page::{
-        Mistakes, Page, Place, Tone, delivery, lines, number, party, path_to, query, reach, short,
-        state, text, time,
+        Mistakes, Page, Place, Tone, delivery, lines, number, of_type, party, path_to, query,
+        reach, short, state, text, time,
     },
     session::Session,
     table::{
@@ -29,7 +29,6 @@ use crate::{
         history::Day,
         view::{Event, EventList, EventWhere, Time, Whereabouts},
     },
-    event::Pattern,
     wording::{agreed, rounded_size},
 };
 
@@ -67,7 +66,7 @@ pub(super) fn list(
                 },
             }
         }
-        @if let Ok(list) = &found { div.head {} (reach(&list.history, "events")) }
+        @if let Ok(list) = &found { div.below { (reach(&list.history, "events")) } }
     })
 }
 
@@ -101,6 +100,10 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
                     aria-invalid=[mistakes.is_wrong("text")] aria-describedby=[mistakes.described_by("text")];
                 (mistakes.beside("text"))
             }
+            div.deeds {
+                button.first { "Search" }
+                @if form.is_filled() { a.button href=(Place::Events.path()) { "Clear" } }
+            }
             @for (name, label, example) in FILTERS {
                 div.field {
                     label for=(name) { (label) }
@@ -108,10 +111,6 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
                         aria-invalid=[mistakes.is_wrong(name)] aria-describedby=[mistakes.described_by(name)];
                     (mistakes.beside(name))
                 }
-            }
-            div.deeds {
-                button.first { "Search" }
-                @if form.is_filled() { a.button href=(Place::Events.path()) { "Clear" } }
             }
             (mistakes.of_others(&SHOWN))
             (form.others(&SHOWN))
@@ -238,14 +237,12 @@ fn row(event: &Event) -> Markup {
 
 /// The event in its own words, and its type.
 fn description(event: &Event) -> Markup {
-    let by_type = query(Place::Events.path(), &[("type", &event.event)]);
-    // As a pattern, a type with these words selects others.
-    let is_exact =
-        Pattern::try_new(event.event.as_str()).is_ok() && !event.event.contains(['*', '#']);
     html! {
         @if let Some(description) = &event.description { (short(description)) " " }
-        @if is_exact { a.sub.mono href=(by_type) { (short(&event.event)) } }
-        @else { span.sub.mono { (short(&event.event)) } }
+        @match of_type(&event.event) {
+            Some(to) => a.sub.mono href=(to) { (short(&event.event)) },
+            None => span.sub.mono { (short(&event.event)) },
+        }
     }
 }
 
@@ -273,7 +270,7 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
         }
         h2 { "In a shell" }
         pre role="group" tabindex="0" aria-label="Command" { "hooktrail where " (event.number) }
-        div.head {} (reach(&found.history, "deliveries"))
+        div.below { (reach(&found.history, "deliveries")) }
     })
 }
 
@@ -375,7 +372,7 @@ fn went_to(one: &Whereabouts) -> Markup {
                 }
             }
             td { (last_attempt(one.attempt, one.status, one.failure.as_deref())) }
-            td.mono.wide {
+            td.mono.id {
                 @if let Some(batch) = &one.batch { a href=(delivery(batch)) { (text(batch)) } }
                 @if one.batches.len() > 1 { span.sub { "and " (number(one.batches.len() as u64 - 1)) " more" } }
             }

@@ -7,13 +7,16 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use maud::Markup;
+use maud::{Markup, html};
 
 use super::{form::Form, page::query, session::Session};
 use crate::clock;
 
 /// The most that are remembered. The page shows its notice for as long as it is.
 const MAX_KEPT: usize = 64;
+
+/// The parameter, and the field, with the id of a draft.
+pub(super) const DRAFT: &str = "draft";
 
 struct Kept<T> {
     id: String,
@@ -53,10 +56,45 @@ impl<T: Clone> Shelf<T> {
 
     /// What an address names, if it is this session's and still known.
     pub(super) fn of(&self, session: &Session, query: Option<&str>) -> Option<T> {
+        self.named(session, query).map(|(_, content)| content)
+    }
+
+    /// The same with its id.
+    fn named(&self, session: &Session, query: Option<&str>) -> Option<(String, T)> {
         let mut pairs = url::form_urlencoded::parse(query?.as_bytes());
         let id = pairs.find_map(|(name, id)| (name == self.parameter).then_some(id))?;
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = kept.iter().find(|kept| kept.id == id)?;
-        (found.session == session.form_key).then(|| found.content.clone())
+        let found = kept.iter().find(|kept| kept.id == id && kept.session == session.form_key)?;
+        Some((found.id.clone(), found.content.clone()))
+    }
+}
+
+impl Drafts {
+    /// The form that an address names. Its field [`DRAFT`] has the page send the id on.
+    pub(super) fn form(&self, session: &Session, query: Option<&str>) -> Option<Form> {
+        let (id, form) = self.named(session, query)?;
+        Some(form.with(DRAFT, id))
+    }
+
+    /// Forgets the draft of a form that was sent and done: its address must not say that it was
+    /// not.
+    pub(super) fn done(&self, session: &Session, form: &Form) {
+        let id = form.get(DRAFT);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|kept| kept.id != id || kept.session != session.form_key);
+    }
+}
+
+/// The hidden field of a form that was kept, for its page to send on; nothing for any other.
+pub(super) fn draft_field(form: &Form) -> Markup {
+    html! {
+        @if !form.get(DRAFT).is_empty() { input type="hidden" name=(DRAFT) value=(form.get(DRAFT)); }
+    }
+}
+
+/// What the page of a form that was kept says, and what is to be typed again.
+pub(super) fn not_sent(again: &str) -> Markup {
+    html! {
+        div.note.warn role="status" { p { strong { "You were signed out meanwhile, and nothing was sent." } " What you typed is here again" (again) "." } }
     }
 }

@@ -15,6 +15,7 @@ use crate::{
         answer::Refusal,
         view::{Party, Reach, Time},
     },
+    event::Pattern,
     wording::{self, grouped},
 };
 
@@ -250,6 +251,12 @@ pub(super) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
     let text = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish();
     let joint = if path.contains('?') { '&' } else { '?' };
     if text.is_empty() { path.to_owned() } else { format!("{path}{joint}{text}") }
+}
+
+/// The events of a type. `None`: as a pattern these words select others, or are none.
+pub(super) fn of_type(event_type: &str) -> Option<String> {
+    let is_exact = Pattern::try_new(event_type).is_ok() && !event_type.contains(['*', '#']);
+    is_exact.then(|| query(Place::Events.path(), &[("type", event_type)]))
 }
 
 /// A path that ends with a stranger's text. It is neither blank nor a dot or two, which no path can

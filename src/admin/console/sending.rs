@@ -19,6 +19,7 @@ use super::{
     actions::path,
     entry::{Console, Done, MayChange, Posted, This},
     form::Form,
+    notices::{DRAFT, draft_field, not_sent},
     page::{Mistakes, Place, delivery, form_key, number, path_to, text},
     session::Session,
 };
@@ -186,8 +187,10 @@ async fn ask_replay<Q: Queue, S: Store>(
     uri: Uri,
 ) -> Response {
     // What was typed before the session was over.
-    let draft = console.drafts.of(&session, uri.query()).map(Form::filled);
-    let form = draft.unwrap_or_else(|| Form::of(uri.query().unwrap_or_default()));
+    let kept = console.drafts.form(&session, uri.query());
+    let field = kept.as_ref().map(draft_field);
+    let form = kept.map_or_else(|| Form::of(uri.query().unwrap_or_default()), Form::filled);
+    let form = form.without(DRAFT);
     let found = match name {
         Ok(Name(name)) => console.control.one(&name).await,
         Err(refusal) => Err(refusal),
@@ -205,7 +208,7 @@ async fn ask_replay<Q: Queue, S: Store>(
         }
         Err(refusal) => Some(Err(refusal)),
     };
-    replay_page(&session, &subscriber, &form, counted)
+    replay_page(&session, &subscriber, &form, counted, field)
 }
 
 /// Ends a replay at the time of the count: what comes later was not confirmed.
@@ -219,12 +222,14 @@ fn bounded(form: Form, wanted: ReplayRequest) -> (Form, ReplayRequest) {
     (form.with("until", now.to_string()), ReplayRequest { until: Some(now), ..wanted })
 }
 
-/// The page of a replay; with the form that was counted, and the number.
+/// The page of a replay; with the form that was counted, and the number. `kept`: the field of a form
+/// that was kept while its browser was signed out.
 fn replay_page(
     session: &Session,
     name: &str,
     form: &Form,
     counted: Option<Result<(Form, ReplayPreview), Refusal>>,
+    kept: Option<Markup>,
 ) -> Response {
     let refusal = counted.as_ref().and_then(|counted| counted.as_ref().err());
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
@@ -233,6 +238,7 @@ fn replay_page(
     let shown = FIELDS.map(|(field, ..)| field);
     page(session, Place::Webhooks, &title).answer_with(status, html! {
         div.head { h1 { (text(&title)) } }
+        @if kept.is_some() { (not_sent("")) }
         section.card {
             div.pad {
                 p { "The events of a time go to " strong { (text(name)) } " again, from history, in new batches: its receiver takes them as new ones. Its patterns choose, and new events go on meanwhile." }
@@ -251,7 +257,7 @@ fn replay_page(
             }
             @match &counted {
                 Some(Err(refusal)) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
-                Some(Ok((form, preview))) => (confirm_replay(session, name, form, preview)),
+                Some(Ok((form, preview))) => (confirm_replay(session, name, form, preview, kept)),
                 _ => {},
             }
         }
@@ -259,7 +265,13 @@ fn replay_page(
     })
 }
 
-fn confirm_replay(session: &Session, name: &str, form: &Form, preview: &ReplayPreview) -> Markup {
+fn confirm_replay(
+    session: &Session,
+    name: &str,
+    form: &Form,
+    preview: &ReplayPreview,
+    kept: Option<Markup>,
+) -> Markup {
     html! {
         div.pad {
             p role="status" {
@@ -272,6 +284,7 @@ fn confirm_replay(session: &Session, name: &str, form: &Form, preview: &ReplayPr
             }
             form.deed method="post" action=(path(name, "replay")) {
                 (form_key(session))
+                @if let Some(field) = kept { (field) }
                 input type="hidden" name=(REQUEST) value=(clock::request_key());
                 @for (field, ..) in FIELDS {
                     @if !form.get(field).is_empty() { input type="hidden" name=(field) value=(form.get(field)); }
@@ -311,8 +324,8 @@ async fn replayed<Q: Queue, S: Store>(
     name: String,
     form: Form,
 ) -> Response {
-    let given = request_of(&form);
-    let form = form.without("form_key").without(REQUEST);
+    let (given, sent) = (request_of(&form), form.clone());
+    let form = ["form_key", REQUEST, DRAFT].into_iter().fold(form, Form::without);
     let begun = match (wanted(&form), given) {
         (Ok(wanted), Ok(given)) => {
             let wanted = ReplayRequest { dry_run: false, ..wanted };
@@ -323,6 +336,9 @@ async fn replayed<Q: Queue, S: Store>(
     };
     let has_begun =
         |id: &str| good(html! { "Replay " code { (text(id)) } " to " (text(&name)) " has begun." });
+    if begun.is_ok() {
+        console.drafts.done(session, &sent);
+    }
     match begun {
         Ok(Begun::Now(new)) => {
             let notice = has_begun(&new.id);
@@ -333,7 +349,7 @@ async fn replayed<Q: Queue, S: Store>(
             console.lead_unrecorded(session, REPLAYS, has_begun(&Replay::recorded(&made).id))
         }
         Err(refusal) if !refusal.fields.is_empty() => {
-            replay_page(session, &name, &form, Some(Err(refusal)))
+            replay_page(session, &name, &form, Some(Err(refusal)), None)
         }
         Err(refusal) => not_done(session, Place::Webhooks, &refusal, &path(&name, "replay")),
     }

@@ -18,6 +18,7 @@ use url::Url;
 
 use super::{
     form::Form,
+    notices::DRAFT,
     page::{logo, outside},
 };
 use crate::clock;
@@ -87,8 +88,8 @@ const TYPED: &str = "typed.";
 const MAX_FIELDS: usize = 32;
 
 /// The fields that are not kept: the secret, whose page would then hold it, and what is valid in its
-/// own page alone: its keys, and what was counted there.
-const NOT_KEPT: [&str; 5] = ["secret", "form_key", "request", "as_of", "most"];
+/// own page alone: its keys, what was counted there, and the id of an earlier draft.
+const NOT_KEPT: [&str; 6] = ["secret", "form_key", "request", "as_of", "most", DRAFT];
 
 impl Onward {
     pub(super) fn page(to: &str) -> Self {
@@ -151,6 +152,8 @@ pub(super) enum Said {
     Nothing,
     /// A form was sent, and its session was over.
     SignedOut,
+    /// The same, and the form was too long to be kept, or did not arrive whole.
+    NotKept,
     Wrong,
     /// The token is one that may only publish.
     MayNotLook,
@@ -164,7 +167,9 @@ pub(super) enum Said {
 pub(super) fn page(said: Said, onward: &Onward) -> Response {
     let Onward { to, typed } = onward;
     let (status, why) = match said {
-        Said::Nothing | Said::SignedOut | Said::FromALink => (StatusCode::UNAUTHORIZED, None),
+        Said::Nothing | Said::SignedOut | Said::NotKept | Said::FromALink => {
+            (StatusCode::UNAUTHORIZED, None)
+        }
         Said::Wrong => {
             (StatusCode::UNAUTHORIZED, Some("This is no token of this daemon's configuration."))
         }
@@ -190,10 +195,11 @@ pub(super) fn page(said: Said, onward: &Onward) -> Response {
                 @if said == Said::FromALink && !to.is_empty() {
                     p { "A link on another site led here. If this browser is signed in: " a href=(to) { "open the page" } "." }
                 }
-                @if said == Said::SignedOut {
+                @if matches!(said, Said::SignedOut | Said::NotKept) {
                     div.note.warn role="status" {
                         p { strong { "You were signed out, and nothing was done." } " A browser stays signed in for 12 hours, and no longer than its token is valid." }
                         @if typed.fields().next().is_some() { p { "After the sign-in the form is here again as you filled it in, but for a signing secret, and the name and password in a URL." } }
+                        @if said == Said::NotKept { p { "What you typed could not be kept: it has more than 16 KiB, or did not arrive whole. Go back in the browser, which may still have it, and copy it before you sign in." } }
                     }
                 }
                 form method="post" action="/console/sign-in" {

@@ -27,6 +27,7 @@ use super::{
     actions::{self, good, not_done, waits},
     entry::{Console, MayChange, Posted, This},
     form::Form,
+    notices::{draft_field, not_sent},
     page::{Page, Place, copy, form_key, number, path_to, text, time},
     session::Session,
 };
@@ -52,10 +53,10 @@ pub(super) const NEW: &str = "/console/new-webhook";
 pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
     Router::new()
         .route(NEW, get(ask_new::<Q, S>).post(add::<Q, S>))
-        .route("/console/new-webhook/test", post(test_new::<Q, S>).get(to_new::<Q, S>))
+        .route("/console/new-webhook/test", post(test_new::<Q, S>).get(ask_new::<Q, S>))
         .route("/console/webhooks/{name}/edit", get(ask_edit::<Q, S>).post(edit::<Q, S>))
         .route("/console/webhooks/{name}/edit/test", post(test_edit::<Q, S>).get(ask_edit::<Q, S>))
-        .route("/console/new-webhook/preview", post(preview_new::<Q, S>).get(to_new::<Q, S>))
+        .route("/console/new-webhook/preview", post(preview_new::<Q, S>).get(ask_new::<Q, S>))
         .route(
             "/console/webhooks/{name}/edit/preview",
             post(preview_edit::<Q, S>).get(ask_edit::<Q, S>),
@@ -72,8 +73,8 @@ async fn ask_new<Q: Queue, S: Store>(
     if let Err(refusal) = console.control.may_manage() {
         return not_done(&session, Place::Webhooks, &refusal, Place::Webhooks.path());
     }
-    match console.drafts.of(&session, uri.query()) {
-        Some(kept) => kept_sheet(&console, &session, None, &kept).await,
+    match console.drafts.form(&session, uri.query()) {
+        Some(kept) => kept_sheet(&console, &session, None, &kept, None).await,
         None => sheet(&console, &session, None, &Form::default(), None).await,
     }
 }
@@ -84,9 +85,10 @@ async fn kept_sheet<Q: Queue, S: Store>(
     session: &Session,
     name: Option<&str>,
     form: &Form,
+    refusal: Option<Refusal>,
 ) -> Response {
     let preview = Preview::of(console, draft(name, form)).await;
-    Sheet { session, name, form, came: None, is_kept: true, preview }.answer()
+    Sheet { session, name, form, came: refusal.map(Err), is_kept: true, preview }.answer()
 }
 
 /// The page with a form, and with what came of it.
@@ -109,17 +111,12 @@ fn draft(name: Option<&str>, form: &Form) -> Draft {
     }
 }
 
-/// The address of a form that was loaded instead of sent.
-async fn to_new<Q: Queue, S: Store>(console: This<Q, S>, session: MayChange, uri: Uri) -> Response {
-    ask_new(console, session, uri).await
-}
-
 async fn add<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     Posted { session, form }: Posted,
 ) -> Response {
     match console.control.add(&session.caller, document(&form)).await {
-        Ok(change) => changed(&console, &session, change, "The webhook is made."),
+        Ok(change) => changed(&console, &session, &form, change, "The webhook is made."),
         Err(refusal) => sheet(&console, &session, None, &form, Some(Err(refusal))).await,
     }
 }
@@ -212,15 +209,21 @@ async fn ask_edit<Q: Queue, S: Store>(
     name: Result<Name, Refusal>,
     uri: Uri,
 ) -> Response {
-    if let (Some(kept), Ok(Name(name))) = (console.drafts.of(&session, uri.query()), &name) {
-        return kept_sheet(&console, &session, Some(name), &kept).await;
-    }
-    match known(&console, &session, name).await {
-        Ok((found, document, version)) => {
+    let kept = console.drafts.form(&session, uri.query());
+    let asked = name.as_ref().ok().map(|Name(name)| name.clone());
+    match (known(&console, &session, name).await, kept, asked) {
+        (Ok((found, ..)), Some(kept), _) => {
+            kept_sheet(&console, &session, Some(&found.status.subscriber), &kept, None).await
+        }
+        (Ok((found, document, version)), None, _) => {
             let form = filled(&document, &version);
             sheet(&console, &session, Some(&found.status.subscriber), &form, None).await
         }
-        Err(refusal) => no_such(&session, &refusal),
+        // It was removed meanwhile: what was typed is not lost with it.
+        (Err(refusal), Some(kept), Some(name)) if refusal.kind == ProblemKind::Subscriber => {
+            kept_sheet(&console, &session, Some(&name), &kept, Some(refusal)).await
+        }
+        (Err(refusal), ..) => no_such(&session, &refusal),
     }
 }
 
@@ -240,7 +243,7 @@ async fn edit<Q: Queue, S: Store>(
     };
     let caller = &session.caller;
     match console.control.patch(caller, &name, expected(&form), patch(&form)).await {
-        Ok(change) => changed(&console, &session, change, "Saved."),
+        Ok(change) => changed(&console, &session, &form, change, "Saved."),
         Err(refusal) => sheet(&console, &session, Some(&name), &form, Some(Err(refusal))).await,
     }
 }
@@ -249,9 +252,11 @@ async fn edit<Q: Queue, S: Store>(
 fn changed<Q: Queue, S: Store>(
     console: &Console<Q, S>,
     session: &Session,
+    form: &Form,
     change: SubscriberChange,
     said: &str,
 ) -> Response {
+    console.drafts.done(session, form);
     let SubscriberChange { subscriber, bound, secret, overlap_until, why, .. } = change;
     let to = path_to(Place::Webhooks.path(), &subscriber);
     let notice = html! {
@@ -293,7 +298,10 @@ async fn ask_secret<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     MayChange(session): MayChange,
     name: Result<Name, Refusal>,
+    uri: Uri,
 ) -> Response {
+    let kept = console.drafts.form(&session, uri.query());
+    let overlap = kept.as_ref().map_or("24h", |kept| kept.get("overlap")).to_owned();
     let found = match known(&console, &session, name).await {
         Ok((found, ..)) => found,
         Err(refusal) => return no_such(&session, &refusal),
@@ -305,13 +313,15 @@ async fn ask_secret<Q: Queue, S: Store>(
         name,
         "secret",
         html! {
+            @if kept.is_some() { (not_sent("")) }
             p { "A new signing secret is made, and shown once. The one in use signs too until the overlap is over, so a receiver that knows either accepts a request." }
             p.muted.small { "Schemes with room for one signature carry that of the new secret." }
         },
         html! {
+            (draft_field(&kept.unwrap_or_default()))
             div.field {
                 label for="overlap" { "Overlap" }
-                input id="overlap" name="overlap" value="24h" autocomplete="off";
+                input id="overlap" name="overlap" value=(overlap) autocomplete="off";
                 span.hint { "Such as 24h or 7days; 0s ends the old secret at once. At most 30days." }
             }
         },
@@ -330,7 +340,7 @@ async fn rotate<Q: Queue, S: Store>(
         console.control.rotate_secret(&session.caller, &name, RotateSecret { overlap }).await
     };
     match work.await {
-        Ok(change) => changed(&console, &session, change, "The new secret signs."),
+        Ok(change) => changed(&console, &session, &form, change, "The new secret signs."),
         Err(refusal) => no_such(&session, &refusal),
     }
 }
@@ -339,7 +349,11 @@ async fn ask_removal<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     MayChange(session): MayChange,
     name: Result<Name, Refusal>,
+    uri: Uri,
 ) -> Response {
+    let kept = console.drafts.form(&session, uri.query());
+    let is_chosen =
+        |backlog: &str| kept.as_ref().is_some_and(|kept| kept.get("backlog") == backlog);
     let (found, _, version) = match known(&console, &session, name).await {
         Ok(found) => found,
         Err(refusal) => return no_such(&session, &refusal),
@@ -352,14 +366,17 @@ async fn ask_removal<Q: Queue, S: Store>(
         name,
         "remove",
         html! {
+            @if kept.is_some() { (not_sent("")) }
             p { "No event goes to " strong { (text(name)) } " any more. Now " (waits(&found.status)) " wait" @if let Some(dead) = dead { ", and it has " (number(dead)) " dead letters" } "." }
         },
         html! {
+            (draft_field(kept.as_ref().unwrap_or(&Form::default())))
+            // Not the draft's: this page says what the webhook is now.
             input type="hidden" name=(VERSION) value=(version);
             fieldset {
                 legend { "What its queues hold" }
-                div.check { input id="keep" name="backlog" type="radio" value="keep" required; label for="keep" { "is kept, until " code { "hooktrail prune" } "; meanwhile no other webhook can have this name" } }
-                div.check { input id="drop" name="backlog" type="radio" value="drop"; label for="drop" { "is deleted: events, retries and dead letters" } }
+                div.check { input id="keep" name="backlog" type="radio" value="keep" required checked[is_chosen("keep")]; label for="keep" { "is kept, until " code { "hooktrail prune" } "; meanwhile no other webhook can have this name" } }
+                div.check { input id="drop" name="backlog" type="radio" value="drop" checked[is_chosen("drop")]; label for="drop" { "is deleted: events, retries and dead letters" } }
             }
         },
         "Remove",
@@ -381,6 +398,7 @@ async fn remove<Q: Queue, S: Store>(
     };
     match work.await {
         Ok(removed) => {
+            console.drafts.done(&session, &form);
             let backlog = match removed.backlog.as_str() {
                 "dropped" => "What its queues held is deleted.",
                 "dropping" => "What its queues hold is deleted as soon as they are free.",

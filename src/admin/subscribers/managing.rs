@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
+use url::Url;
 
 use crate::{
     admin::{
@@ -61,6 +62,8 @@ pub(in crate::admin) const PLACEHOLDER: &str = "whsec_aG9va3RyYWlsOiBhIHBsYWNlaG
 pub(in crate::admin) struct Sample {
     pub(in crate::admin) request: Example,
     pub(in crate::admin) signed: Signed,
+    /// A secret before it signs too for a while, and its signatures are not in the example.
+    pub(in crate::admin) overlaps: bool,
 }
 
 /// The secret that an example is signed with.
@@ -217,8 +220,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self.send_test_event(&subscriber).await
     }
 
-    /// The request that a test of a draft would make, as far as the draft is valid. Its name and its
-    /// URL do not matter, and a secret that is stored signs nothing.
+    /// The request that a test of a draft would make, as far as the draft is valid. Its name does not
+    /// matter, nor does its URL but for its userinfo, and a secret that is stored signs nothing.
     pub(in crate::admin) fn sample(&self, draft: Draft) -> Result<Sample, Refusal> {
         self.may_manage()?;
         let (mut document, given) = match draft {
@@ -232,12 +235,14 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 (patched(&patch, entry)?, patch.get("secrets").cloned())
             }
         };
+        let overlaps = document.retiring().iter().any(|retiring| retiring.until > clock::now());
+        let url = sample_url(document.get("url").and_then(Value::as_str).unwrap_or_default());
         for key in document.keys().iter().filter(|key| !OF_REQUESTS.contains(&key.as_str())) {
             document.take(key);
         }
         document.take("secrets");
         document.set("name", "example".into());
-        document.set("url", "https://example.com/".into());
+        document.set("url", url.as_str().into());
         let signed = match (needs_secret(&document), given) {
             (false, _) => Signed::Not,
             (true, Some(given)) => {
@@ -254,7 +259,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let subscriber = checked.map_err(not_valid)?;
         let request = test_event::example(&subscriber)
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?;
-        Ok(Sample { request, signed })
+        Ok(Sample { request, signed, overlaps: overlaps && signed == Signed::Placeholder })
     }
 
     /// Removes a subscriber.
@@ -446,6 +451,18 @@ fn named(document: &Document) -> Result<SubscriberName, Refusal> {
         return Err(Refusal::field("name", why));
     };
     SubscriberName::try_new(name).map_err(|why| Refusal::field("name", why.to_string()))
+}
+
+/// The URL of an example: its userinfo is the draft's, since requests are authenticated with it.
+fn sample_url(of: &str) -> Url {
+    let mut url = Url::parse("https://example.com/").expect("it is a URL");
+    if let Ok(given) = of.trim().parse::<Url>()
+        && given.has_host()
+    {
+        url.set_username(given.username()).ok();
+        url.set_password(given.password()).ok();
+    }
+    url
 }
 
 /// Whether its requests are to be signed, and it brings no secret.

@@ -136,8 +136,10 @@ fn the_audit_log_shows_its_day_by_the_hour_and_each_number_leads_to_its_events()
         let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
         let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
         let browser = Browser::signed_in(&api, "the-token-that-reads").await;
-        let empty = browser.page("/console/events").await;
-        assert!(empty.contains(">0 events from "), "{empty}");
+        eventually("the store is open, and empty", async || {
+            browser.get("/console/events").await.text.contains(">0 events from ")
+        })
+        .await;
         hostile_events(&api, &browser).await;
         let page = browser.page("/console/events").await;
         let all = format!(">{} events from ", HOSTILE.len());

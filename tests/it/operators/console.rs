@@ -152,6 +152,8 @@ pub(super) fn assert_headers(seen: &Seen, path: &str) {
     assert_eq!(seen.header("x-content-type-options"), "nosniff", "{path}");
     assert_eq!(seen.header("referrer-policy"), "same-origin", "{path}");
     assert_eq!(seen.header("cache-control"), "no-store", "{path}");
+    assert_eq!(seen.header("cross-origin-opener-policy"), "same-origin", "{path}");
+    assert_eq!(seen.header("cross-origin-resource-policy"), "same-origin", "{path}");
 }
 
 /// All that begins with `<`, as a browser would read it: nothing but our own elements.
@@ -366,8 +368,9 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
             assert!(seen.text.contains(&format!("name=\"to\" value=\"{path}\"")), "{}", seen.text);
         }
         for (token, status) in [("wrong", 401), ("", 401), ("the-token-that-publishes", 403)] {
-            let seen = stranger.sign_in(token, "/console/").await;
+            let seen = stranger.sign_in(token, "/console/\"><script>alert(1)</script>").await;
             assert_eq!((seen.status, seen.header("set-cookie")), (status, ""), "{token}");
+            assert_inert(&seen.text, token);
             assert!(seen.text.contains("aria-invalid"), "{}", seen.text);
         }
         let form = [("token", TOKEN), ("to", "/console/")];
@@ -404,6 +407,14 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
         let dead = "/console/dead-letters/siem";
         assert!(admin.page(dead).await.contains("the path of a URL"));
         let seen = looker.page(dead).await;
+        assert!(seen.contains("status 500") && !seen.contains("the path of a URL"), "{seen}");
+        let is_one = |link: &String| {
+            let one = link.strip_prefix("/console/dead-letters/siem/").unwrap_or_default();
+            !matches!(one.split('?').next(), Some("" | "replay" | "purge"))
+        };
+        let one = links(&seen).into_iter().find(is_one).expect("a link to one");
+        assert!(admin.page(&one).await.contains("the path of a URL"));
+        let seen = looker.page(&one).await;
         assert!(seen.contains("status 500") && !seen.contains("the path of a URL"), "{seen}");
         let reads = [("authorization", "Bearer the-token-that-reads")];
         let seen = api.send("GET", "/api/v1/subscribers/siem/dead", &reads, "").await;

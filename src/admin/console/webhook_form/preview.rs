@@ -10,7 +10,7 @@ use crate::{
         console::{
             entry::Console,
             form::Form,
-            page::{Place, copy, lines, number, query, short, text, time},
+            page::{copy, lines, number, of_type, short, text, time},
             table::{
                 Column::{Number, Text},
                 table,
@@ -51,7 +51,12 @@ impl Preview {
                 @match (&self.types, read(form)) {
                     (_, Err(wrong)) => p role="status" { (text(&wrong)) },
                     (Err(refusal), _) => p role="status" { "It is not known which types the last day had: " (text(&refusal.why)) "." },
-                    (Ok(day), Ok(patterns)) => (matched(day, &patterns)),
+                    (Ok(day), Ok(patterns)) => {
+                        (matched(day, &patterns))
+                        @if patterns.len() < self::patterns(form).len() {
+                            p.muted.small { "Only the first " (patterns.len()) " of " (number(self::patterns(form).len() as u64)) " patterns are compared." }
+                        }
+                    }
                 }
             }
         }
@@ -90,14 +95,20 @@ fn matched(day: &DayTypes, patterns: &[Pattern]) -> Markup {
     let (chosen, others): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|(name, _)| patterns.iter().any(|p| p.matches(name)));
     let sum = |of: &[(&str, u64)]| of.iter().map(|(_, events)| events).sum::<u64>();
-    let (events, whole) = (sum(&chosen), sum(&chosen) + sum(&others) + day.counts.others);
+    let (found, further) = (sum(&chosen), day.counts.others);
+    let whole = found + sum(&others) + further;
+    // Of the further types it is known how many events they have, and not which they are.
+    let is_all = patterns.iter().any(|p| *p == Pattern::all());
+    let (events, is_least) = if is_all { (whole, false) } else { (found, further > 0) };
+    let has_further = further > 0;
     html! {
         p role="status" {
             @if whole == 0 {
                 "History has no event of the last 24 hours."
             } @else {
-                "Of " (number(whole)) " " (agreed(&whole, "event(s)")) " of the last 24 hours, " strong { (number(events)) " " (agreed(&events, "(fits|fit)")) } ": "
-                (counted(chosen.len(), "type(s)")) " of " (number(day.counts.types.len() as u64)) "."
+                "Of " (number(whole)) " " (agreed(&whole, "event(s)")) " of the last 24 hours, " strong { @if is_least { "at least " } (number(events)) " " (agreed(&events, "(fits|fit)")) } ": "
+                @if has_further { "at least " }
+                (number(chosen.len() as u64)) " " (agreed(&chosen.len(), "type(s)")) " of " @if has_further { "more than " } (number(day.counts.types.len() as u64)) "."
             }
         }
         @if !chosen.is_empty() { (types("Types that match", &chosen)) }
@@ -114,7 +125,12 @@ fn types(name: &str, all: &[(&str, u64)]) -> Markup {
         (table(name, &[Text("Type"), Number("Events")], html! {
             @for (event_type, events) in all.iter().take(SHOWN) {
                 tr {
-                    th.mono.wide scope="row" { a href=(query(Place::Events.path(), &[("type", event_type)])) { (short(event_type)) } }
+                    th.mono.wide scope="row" {
+                        @match of_type(event_type) {
+                            Some(to) => a href=(to) { (short(event_type)) },
+                            None => (short(event_type)),
+                        }
+                    }
                     td.number { (number(*events)) }
                 }
             }
@@ -144,7 +160,7 @@ fn missing(day: &DayTypes) -> Markup {
     }
 }
 
-fn request(Sample { request, signed }: &Sample) -> Markup {
+fn request(Sample { request, signed, overlaps }: &Sample) -> Markup {
     html! {
         p.muted.small {
             @match signed {
@@ -152,6 +168,7 @@ fn request(Sample { request, signed }: &Sample) -> Markup {
                 Signed::Given => "Signed with the secret in the form.",
                 Signed::Placeholder => { "Signed with the placeholder " code { (PLACEHOLDER) } ", which is nobody's secret: a receiver can be tried with both." },
             }
+            @if *overlaps { " Until the overlap of its secrets is over, the header of a real request has a signature of each, where its scheme has room for more than one." }
             " Besides these, a request has the headers of its connection: " code { "host" } ", " code { "accept" } ", " code { "content-length" } "."
         }
         div.copied { h3 { "Headers" } (copy("example-headers")) }
@@ -167,4 +184,51 @@ fn request(Sample { request, signed }: &Sample) -> Markup {
 fn first(refusal: &Refusal) -> String {
     let first = refusal.fields.first();
     first.map_or_else(|| refusal.why.clone(), |e| format!("{} {}", e.field, e.detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{admin::view::Reach, clock, store::TypeCounts};
+
+    /// What a form matches of this many types of one event each, and of events of further types.
+    fn shown(events: &str, types: usize, others: u64) -> String {
+        let types = (0..types).map(|n| (format!("user.t{n:04}"), 1)).collect();
+        let (events_from, deliveries_from, last_event_at) = (None, None, None);
+        let (why, gaps) = (String::new(), Vec::new());
+        let preview = Preview {
+            types: Ok(DayTypes {
+                from: clock::now(),
+                counts: TypeCounts { types, others, counted_back_to: None },
+                reach: Reach { events_from, deliveries_from, why, last_event_at, gaps },
+            }),
+            sample: Err(Refusal::bad("none")),
+        };
+        preview.matches(&Form::default().with("events", events.to_owned())).into_string()
+    }
+
+    #[test]
+    fn of_types_that_are_not_told_apart_it_says_no_more_than_it_knows() {
+        for (events, said) in [
+            ("", "<strong>1,500 fit</strong>: at least 1,000 types of more than 1,000."),
+            (
+                "user.t0001\n#",
+                "<strong>1,500 fit</strong>: at least 1,000 types of more than 1,000.",
+            ),
+            ("user.t0001", "<strong>at least 1 fits</strong>: at least 1 type of more than 1,000."),
+        ] {
+            let shown = shown(events, 1000, 500);
+            assert!(shown.contains("Of 1,500 events") && shown.contains(said), "{events}: {shown}");
+        }
+        let shown = shown("user.t0001", 3, 0);
+        assert!(shown.contains("<strong>1 fits</strong>: 1 type of 3."), "{shown}");
+    }
+
+    #[test]
+    fn patterns_that_are_not_compared_are_counted() {
+        let patterns = |n: usize| (0..n).map(|n| format!("user.t{n:04}\n")).collect::<String>();
+        assert!(!shown(&patterns(MAX_PATTERNS), 3, 0).contains("are compared"));
+        let shown = shown(&patterns(MAX_PATTERNS + 1), 3, 0);
+        assert!(shown.contains("Only the first 100 of 101 patterns are compared."), "{shown}");
+    }
 }

@@ -15,6 +15,7 @@ use crate::admin::{
     console::{
         actions::{self, report},
         form::Form,
+        notices::{draft_field, not_sent},
         page::{Mistakes, Page, Place, form_key, path_to, text},
         session::Session,
         sign_in::without_userinfo,
@@ -51,12 +52,13 @@ impl Sheet<'_> {
             div.head { h1 { (text(&title)) } }
             @if let Some(refusal) = refusal { (problem(refusal, name)) }
             @if is_kept {
-                div.note.warn role="status" { p { strong { "You were signed out meanwhile, and nothing was sent." } " What you typed is here again, but for a signing secret, and the name and password in the URL: type those again." } }
+                (not_sent(", but for a signing secret, and the name and password in the URL: type those again"))
             }
             div.sheet {
                 section.card.pad aria-label="Configuration" {
                     form.deed id="webhook" method="post" action=(to) data-previews=(format!("{to}/preview")) {
                         (form_key(session))
+                        (draft_field(form))
                         @if name.is_some() { input type="hidden" name=(VERSION) value=(form.get(VERSION)); }
                         (fields(form, name, &Mistakes(refusal)))
                         div.deeds {
