@@ -132,7 +132,7 @@ async function way(browser, javaScriptEnabled) {
   step(`${name}: the receiver breaks, which the overview says`);
   const figures = page.getByRole('region', { name: 'Subscribers' }).getByRole('row', { name: new RegExp(`^${name} `) });
   const retrying = figures.getByRole('cell').nth(4);
-  const hour = figures.getByRole('img', { name: 'in the last hour 2 events delivered, 0 in failed attempts' });
+  const hour = figures.getByRole('img', { name: 'In the last hour 2 events delivered, 0 in failed attempts' });
   await someone.openUntil('/console/', 'its last hour', () => hour.count());
   assert.equal(await retrying.innerText(), '0');
   if (javaScriptEnabled) await page.evaluate('globalThis.wasLoadedOnce = true');

@@ -118,9 +118,9 @@ pub(super) fn spark(hour: &LastHour) -> Markup {
 pub(super) fn in_words(hour: &LastHour) -> String {
     let (delivered, failed) = (hour.delivered.iter().sum::<u64>(), hour.failed.iter().sum::<u64>());
     match (delivered, failed) {
-        (0, 0) => "nothing in the last hour".to_owned(),
+        (0, 0) => "Nothing in the last hour".to_owned(),
         _ => format!(
-            "in the last hour {} {} delivered, {} in failed attempts",
+            "In the last hour {} {} delivered, {} in failed attempts",
             grouped(delivered),
             agreed(&delivered, "event(s)"),
             grouped(failed)
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn a_spark_line_says_in_words_what_it_shows() {
         let mut hour = LastHour::default();
-        assert!(spark(&hour).into_string().contains("nothing in the last hour"));
+        assert!(spark(&hour).into_string().contains("Nothing in the last hour"));
         (hour.delivered[59], hour.delivered[0], hour.failed[3]) = (1, 1999, 7);
         let svg = spark(&hour).into_string();
         assert!(svg.contains("2,000 events delivered, 7 in failed attempts"), "{svg}");

@@ -240,7 +240,7 @@ fn row(name: &str, letter: &DeadLetter) -> Markup {
             td.number { (number(letter.events)) }
             td.number { (number(letter.attempts)) }
             td.number { (rounded_size(letter.bytes as u64)) }
-            td.mono.wide { (batch_or_event(letter)) }
+            td.mono.id { (batch_or_event(letter)) }
         }
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn list(
                 Ok(list) => (rows(form, list)),
             }
         }
-        @if let Ok(list) = &found { div.head {} (reach(&list.history, "deliveries")) }
+        @if let Ok(list) = &found { div.below { (reach(&list.history, "deliveries")) } }
     })
 }
 
@@ -236,7 +236,7 @@ fn attempt_of(attempt: &Attempt) -> Markup {
             }
             span.sub {
                 (time(attempt.at))
-                @if let Some(ms) = attempt.duration_ms { " · took " (rounded(std::time::Duration::from_millis(ms))) }
+                @if let Some(ms) = attempt.duration_ms { " · took " @if ms == 0 { "less than 1ms" } @else { (rounded(std::time::Duration::from_millis(ms))) } }
                 " · by " (text(&attempt.by))
             }
             @if let Some(excerpt) = &attempt.excerpt { pre role="group" tabindex="0" aria-label="Answer" { (text(excerpt)) } }

@@ -87,7 +87,7 @@ async fn list<Q: Queue, S: Store>(
                 }
             }
         }
-        p.muted.small {
+        p.below.muted.small {
             "Webhooks are made in " code { (text(&found.config.file)) } " (" code { "hooktrail reload" } " uses a change)"
             @if manages { ", here, and over the API." } @else { ". To make them here too: " code { "manage = true" } " in " code { "[admin]" } ", and a restart." }
         }
@@ -362,7 +362,7 @@ fn retry(one: &WaitingBatch) -> Markup {
             }
             td.number { (number(one.events)) }
             td.number { (rounded_size(one.bytes as u64)) }
-            td.mono.wide { a href=(delivery(&one.id)) { (text(&one.id)) } }
+            td.mono.id { a href=(delivery(&one.id)) { (text(&one.id)) } }
         }
     }
 }

@@ -136,6 +136,22 @@ fn the_package_brings_every_document() {
     }
 }
 
+#[test]
+fn each_picture_is_shown_by_a_document_and_loads_quickly() {
+    let mut found = vec![];
+    files("docs/images", "", &mut found);
+    assert!(!found.is_empty());
+    for picture in found {
+        let size = std::fs::metadata(repository().join(&picture)).expect("it is there").len();
+        assert!(size < 150 * 1024, "{}: {size} bytes", picture.display());
+        let is_shown = documents().iter().any(|document| {
+            let link = picture.strip_prefix(document.parent().expect("a folder"));
+            link.is_ok_and(|link| read(document).contains(&format!("]({})", link.display())))
+        });
+        assert!(is_shown, "{} is in no document", picture.display());
+    }
+}
+
 /// The names in a text that begin with this.
 fn names(text: &str, start: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_lowercase() || c == '-';
