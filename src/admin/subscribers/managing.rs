@@ -30,7 +30,7 @@ use crate::{
     store::{NewOperation, Store},
     supervisor::{
         managed::Entry,
-        reload::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN, Unchanged},
+        reload::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN, Unchanged, store_id},
     },
     wording::counted,
 };
@@ -120,6 +120,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         }
         self.has_no_backlog(checked).await?;
         let paused = document.take("start_paused") == Some(Value::Bool(true));
+        self.claim().await?;
         self.begin(&name, paused, &by).await?;
         let operation = operation("add_subscriber", &name, by, details(&document, None));
         let put = editing.put(&self.store, &name, document.text(), None, operation).await;
@@ -368,6 +369,13 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             Ok(change(put.await.map_err(not_stored)?))
         };
         to_its_end(&self.to_their_end, work).await
+    }
+
+    /// Has the queue record that this store has subscribers: before it has one.
+    async fn claim(&self) -> Result<(), Refusal> {
+        let refusal = |why: String| Refusal::unavailable(format!("nothing is changed: {why}"));
+        let id = store_id(&self.store).await.map_err(|e| refusal(e.to_string()))?;
+        self.queue.claim_subscribers(&id).await.map_err(|e| refusal(e.to_string()))
     }
 
     /// Whether subscribers can be changed here now.
