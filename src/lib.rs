@@ -38,7 +38,7 @@
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
-//!              · details · inflate · payload · event
+//!              · details · inflate · payload · pattern · matcher · event
 //! delivery/                 the nouns, each defined once
 //!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
 //!              · disposition · depth · pause · delivery

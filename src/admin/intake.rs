@@ -31,10 +31,11 @@ use super::{
 };
 use crate::{
     clock,
-    config::Subscribers,
+    config::{Subscribers, matcher},
     event::{
         InvalidEvent, Key, event_type,
         inflate::{Broken, gunzip},
+        matcher::Matcher,
     },
     failpoint::{Step, reached},
     queue::{Arrival, MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
@@ -72,6 +73,8 @@ const QUICK: usize = 64 * 1024;
 pub(super) struct Intake<Q> {
     queue: Q,
     subscribers: watch::Receiver<Subscribers>,
+    /// The patterns of the subscribers of the last request.
+    wanted: Mutex<(Subscribers, Arc<Matcher>)>,
     phase: watch::Receiver<Phase>,
     metrics: Metrics,
     room: Arc<Semaphore>,
@@ -110,7 +113,8 @@ impl<Q: Queue> Intake<Q> {
         metrics: Metrics,
         room: Arc<Semaphore>,
     ) -> Self {
-        Self { queue, subscribers, phase, metrics, room, outage: Mutex::default() }
+        let (wanted, outage) = (Mutex::default(), Mutex::default());
+        Self { queue, subscribers, wanted, phase, metrics, room, outage }
     }
 
     async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<Accepted, Refusal> {
@@ -209,7 +213,8 @@ impl<Q: Queue> Intake<Q> {
             // counts. Read before the configuration: when it becomes false, the new configuration
             // is in use.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
-            let wanted: Vec<bool> = group.iter().map(|e| self.wants(&e.event_type)).collect();
+            let wanted = self.wanted();
+            let wanted: Vec<bool> = group.iter().map(|e| wanted.matches(&e.event_type)).collect();
             let published = match self.queue.publish(group).await {
                 Ok(published) => published,
                 Err(e) => {
@@ -253,8 +258,14 @@ impl<Q: Queue> Intake<Q> {
         Ok(Accepted { accepted: stored, unmatched })
     }
 
-    fn wants(&self, event_type: &str) -> bool {
-        self.subscribers.borrow().iter().any(|s| s.wants(event_type))
+    /// The patterns of the configuration in use.
+    fn wanted(&self) -> Arc<Matcher> {
+        let now = self.subscribers.borrow().clone();
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&wanted.0, &now) {
+            *wanted = (now.clone(), Arc::new(matcher(&now)));
+        }
+        wanted.1.clone()
     }
 }
 

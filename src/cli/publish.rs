@@ -18,8 +18,8 @@ use super::{failed::Failed, open::reach, text::visible};
 use crate::{
     admin::MAX_EVENTS,
     clock,
-    config::{Backend, Config},
-    event::{InvalidEvent, event_type},
+    config::{Backend, Config, matcher},
+    event::{InvalidEvent, event_type, matcher::Matcher},
     policy::batching::BatchPolicy,
     queue::{Arrival, MAX_GROUP, NewEvent, Queue, embedded::EmbeddedQueue},
     supervisor::signal::{self, Stops},
@@ -95,6 +95,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
         ready = queue.ensure(&config.subscribers) => ready?,
         () = stops.times(1) => return Err(Failed::Runtime("interrupted: nothing was published".to_owned())),
     }
+    let wanted = matcher(&config.subscribers);
     let (groups, read) = mpsc::channel(1);
     let files = files.to_vec();
     // The thread may wait for input indefinitely; it ends with the process.
@@ -102,7 +103,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
         .name("hooktrail-input".to_owned())
         .spawn(move || Input::new(groups).files(&files))?;
     let published = tokio::select! {
-        published = take(&queue, config, read, &stops, &mut tally) => Some(published),
+        published = take(&queue, &wanted, read, &stops, &mut tally) => Some(published),
         () = stops.times(2) => None,
     };
     match published {
@@ -134,7 +135,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
 /// returns their last line.
 async fn take(
     queue: &impl Queue,
-    config: &Config,
+    wanted: &Matcher,
     mut read: mpsc::Receiver<Result<Group, String>>,
     stops: &Stops,
     tally: &mut Tally,
@@ -167,7 +168,7 @@ async fn take(
             if some.is_empty() {
                 break;
             }
-            flush(config, queue, some, tally).await?;
+            flush(wanted, queue, some, tally).await?;
         }
         if !group.upto.is_empty() {
             upto = group.upto;
@@ -394,7 +395,7 @@ fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io
 }
 
 async fn flush(
-    config: &Config,
+    wanted: &Matcher,
     queue: &impl Queue,
     group: Vec<NewEvent>,
     tally: &mut Tally,
@@ -408,8 +409,7 @@ async fn flush(
         ))
     })?;
     for (event_type, published) in types.into_iter().zip(published) {
-        let is_wanted = config.subscribers.iter().any(|s| s.wants(&event_type));
-        match published.arrival(is_wanted) {
+        match published.arrival(wanted.matches(&event_type)) {
             Arrival::Refused => tally.refused += 1,
             Arrival::Unbound => *tally.unbound.entry(event_type).or_default() += 1,
             Arrival::Stored => tally.stored += 1,

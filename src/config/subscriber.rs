@@ -18,7 +18,7 @@ use crate::{
         tls::TlsPolicy,
     },
     delivery::SubscriberName,
-    event::{Pattern, payload::Format},
+    event::{Pattern, matcher::Matcher, payload::Format},
     policy::{
         address::AddressPolicy, answer::Success, batching::BatchPolicy,
         circuit_breaker::BreakerPolicy, retry::RetryPolicy,
@@ -28,6 +28,12 @@ use crate::{
 
 /// The configured subscribers, in the order of the files.
 pub type Subscribers = Arc<[Arc<Subscriber>]>;
+
+/// The patterns of subscribers; the owner of a pattern is its subscriber's index.
+pub fn matcher(subscribers: &[Arc<Subscriber>]) -> Matcher {
+    let patterns = (0..).zip(subscribers);
+    Matcher::new(patterns.flat_map(|(index, s)| s.events.iter().map(move |p| (index, p))))
+}
 
 /// The place where a subscriber is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]

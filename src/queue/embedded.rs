@@ -3,6 +3,7 @@
 //!
 //! - `store`: the file, its schema and its lock
 //! - `place`: whether the open files are still those at their paths
+//! - `segments`: what the subscribers are to get of the log
 //! - `consumer`: source and settler of a subscriber
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
@@ -20,6 +21,7 @@ mod doctor;
 mod feed;
 mod history;
 mod place;
+mod segments;
 mod store;
 mod trim;
 mod waiting;
@@ -37,6 +39,7 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use self::{
     consumer::{LaneRef, Unsettled},
     history::{NOBODY, TakenTo, Untaken},
+    segments::Segments,
     store::{Access, Store},
     trim::Replayed,
 };
@@ -81,8 +84,8 @@ struct Inner {
     untaken: AsyncMutex<Untaken>,
     replay_floor: Mutex<Option<ReplayFloor>>,
     replayed: AsyncMutex<Replayed>,
-    /// The patterns of all open segments: as they stand in the database, and parsed.
-    patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
+    /// As they were read last.
+    segments: Mutex<Arc<Segments>>,
     /// Counts commits that may have something for a lane.
     news: watch::Sender<u64>,
     pause_states: watch::Sender<Option<PauseStates>>,
@@ -129,7 +132,6 @@ impl EmbeddedQueue {
     fn open(config: &EmbeddedConfig, access: Access) -> Result<Self, QueueError> {
         let store = Store::open(&config.data_dir, access)?;
         let news = watch::Sender::new(0);
-        let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let (retention, history) = (config.retention, config.history);
         let (history_position, untaken) = (HistoryPosition::default(), AsyncMutex::default());
         let (pause_states, removals) = (watch::Sender::new(None), Removals::default());
@@ -142,7 +144,7 @@ impl EmbeddedQueue {
             untaken,
             replay_floor: Mutex::default(),
             replayed: AsyncMutex::default(),
-            patterns,
+            segments: Mutex::default(),
             news,
             pause_states,
             removals,
@@ -265,19 +267,14 @@ impl EmbeddedQueue {
         }
     }
 
-    /// The patterns of the open segments. Another process may change them at any time, so they are
-    /// read within the transaction that writes events.
-    fn open_patterns(&self, db: &Connection) -> rusqlite::Result<Arc<[Pattern]>> {
-        let texts = db
-            .prepare_cached("SELECT patterns FROM segment WHERE upto IS NULL ORDER BY id")?
-            .query_map([], |r| r.get(0))?
-            .collect::<rusqlite::Result<Vec<String>>>()?;
-        let mut known = self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.0 != texts {
-            known.1 = texts.iter().flat_map(|t| parse_patterns(t)).collect();
-            known.0 = texts;
-        }
-        Ok(known.1.clone())
+    /// The segments. Another process may change them at any time, so they are read in the
+    /// transaction that reads or writes events.
+    fn segments(&self, db: &Connection) -> rusqlite::Result<Arc<Segments>> {
+        let known = self.0.segments.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(changed) = known.changed(db)? else { return Ok(known) };
+        let changed = Arc::new(changed);
+        *self.0.segments.lock().unwrap_or_else(PoisonError::into_inner) = changed.clone();
+        Ok(changed)
     }
 
     /// Checks periodically, so that a lost file is noticed without a publish.
@@ -425,13 +422,13 @@ impl Queue for EmbeddedQueue {
             if let Some(lost) = queue.store().place().check_before_storing() {
                 return Ok(Err(lost));
             }
-            let patterns = queue.open_patterns(db)?;
+            let segments = queue.segments(db)?;
             let mut insert =
                 db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
             let for_history = queue.0.history.is_some();
             let mut fates = Vec::with_capacity(events.len());
             for e in &events {
-                let matched = patterns.iter().any(|p| p.matches(&e.event_type));
+                let matched = segments.match_now(&e.event_type);
                 if matched || for_history {
                     let traceparent =
                         e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);

@@ -1,41 +1,43 @@
 //! The patterns by which an event finds a subscriber. The broker does not say whether it found one:
 //! the queue of history takes every event, so that none is returned.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::record::Patterns;
-use crate::event::Pattern;
+use crate::event::{Pattern, matcher::Matcher};
 
 /// The patterns that are bound to the exchange of the events.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Matching {
     /// By the record, of all daemons.
-    recorded: Vec<Pattern>,
+    recorded: Arc<Matcher>,
     /// Bound by this process, and perhaps not recorded yet.
-    own: Vec<Pattern>,
+    own: Arc<Matcher>,
 }
 
 impl Matching {
     #[must_use]
     pub(super) fn with_recorded(&self, patterns: &Patterns) -> Self {
-        Self { recorded: distinct(patterns.values().flatten()), own: self.own.clone() }
+        Self { recorded: matcher(patterns.values().flatten()), own: self.own.clone() }
     }
 
     #[must_use]
     pub(super) fn with_own<'p>(&self, patterns: impl Iterator<Item = &'p String>) -> Self {
-        Self { recorded: self.recorded.clone(), own: distinct(patterns) }
+        Self { recorded: self.recorded.clone(), own: matcher(patterns) }
     }
 
     /// Whether a subscriber's queue gets an event of this type.
     pub(super) fn matches(&self, event_type: &str) -> bool {
-        self.own.iter().chain(&self.recorded).any(|pattern| pattern.matches(event_type))
+        self.own.matches(event_type) || self.recorded.matches(event_type)
     }
 }
 
-/// The patterns, each once. A record with one that is no pattern is another version's.
-fn distinct<'p>(patterns: impl Iterator<Item = &'p String>) -> Vec<Pattern> {
+/// A matcher that says whether one of the patterns matches. A record with one that is no pattern is
+/// another version's.
+fn matcher<'p>(patterns: impl Iterator<Item = &'p String>) -> Arc<Matcher> {
     let all: BTreeSet<&String> = patterns.collect();
-    all.into_iter().filter_map(|pattern| Pattern::try_new(pattern).ok()).collect()
+    let all: Vec<Pattern> = all.into_iter().filter_map(|p| Pattern::try_new(p).ok()).collect();
+    Arc::new(Matcher::new(all.iter().map(|pattern| (0, pattern))))
 }
 
 #[cfg(test)]

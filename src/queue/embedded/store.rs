@@ -139,6 +139,16 @@ const MIGRATIONS: &[&str] = &[
     -- `after` when the segment was begun; NULL where that was before this version.
     ALTER TABLE segment ADD COLUMN begun INTEGER;
 ",
+    "
+    -- One row. `segments` is another number after each change of what the subscribers are to get; how far they have
+    -- come is no such change. At random, so that a number of a change that was rolled back does not come again.
+    CREATE TABLE log_state (segments INTEGER NOT NULL);
+    INSERT INTO log_state (segments) VALUES (random());
+    CREATE TRIGGER segment_begun AFTER INSERT ON segment BEGIN UPDATE log_state SET segments = random(); END;
+    CREATE TRIGGER segment_deleted AFTER DELETE ON segment BEGIN UPDATE log_state SET segments = random(); END;
+    CREATE TRIGGER segment_changed AFTER UPDATE OF subscriber, patterns, upto, begun ON segment
+        BEGIN UPDATE log_state SET segments = random(); END;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).
