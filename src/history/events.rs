@@ -21,16 +21,18 @@ use crate::{
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// History waits that long for more events before it stores the next ones: one commit for them costs
-/// those who wait for deliveries less than many.
+/// The time between two groups while few events come: one commit for them costs those who wait for
+/// deliveries less than many.
 const GATHER: Duration = Duration::from_millis(100);
 
-/// While events come faster than that, history lets deliveries go first: it rests as many times as
-/// long as it has worked, but no longer than this at once, and no longer than for this time in all:
-/// what goes on for longer it has to keep up with.
+/// While events come faster than that, history lets deliveries go first: it rests three times as long
+/// as it has worked, but no longer than this at once, and not after these seconds: what goes on for
+/// longer it has to keep up with, so that the queue does not lose what waits for history. Measured
+/// with `cargo bench --bench history_price`: a backlog is delivered at 0.92 instead of 0.75 of the
+/// speed without history.
 const REST: u32 = 3;
 const MAX_REST: Duration = Duration::from_millis(250);
-const BURST: Duration = Duration::from_secs(60);
+const BURST: Duration = Duration::from_secs(10);
 
 /// The time between two looks for what is older than the retention or too much.
 const TRIM_INTERVAL: Duration = Duration::from_secs(5);

@@ -161,15 +161,26 @@ impl Copy {
     }
 
     /// The damaged files that were moved away and that nobody has removed.
-    pub(super) fn aside(&self) -> Vec<PathBuf> {
+    ///
+    /// # Errors
+    /// The directory cannot be read: it may have some.
+    pub(super) fn aside(&self) -> std::io::Result<Vec<PathBuf>> {
         let dir = self.path.parent().unwrap_or(Path::new("."));
         let prefix = format!("{COPY_FILE}{ASIDE}");
-        let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        let is_aside = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(&prefix);
-        let mut aside: Vec<PathBuf> =
-            names.filter(|entry| is_aside(&entry.file_name())).map(|entry| entry.path()).collect();
+        let mut aside = Vec::new();
+        let entries = match std::fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(aside),
+            Err(e) => return Err(e),
+        };
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                aside.push(entry.path());
+            }
+        }
         aside.sort_unstable();
-        aside
+        Ok(aside)
     }
 
     /// Removes what an interrupted write has left. No other process may write the file.

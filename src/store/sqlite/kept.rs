@@ -289,7 +289,9 @@ impl Kept {
             return;
         }
         let copy = Copy::at(self.copy_path.clone());
-        if blocking(move || copy.aside()).await != known {
+        // That nothing was found out changes nothing.
+        let found = timeout(self.timeout, blocking(move || copy.aside())).await;
+        if matches!(found, Ok(Ok(found)) if found != known) {
             self.read_again();
         }
     }
@@ -348,7 +350,7 @@ impl Kept {
             }
             (keyring.read(), copy.read(), copy.aside(), copy)
         });
-        let Ok((keys, read, mut aside_files, copy)) = timeout_at(until, reading).await else {
+        let Ok((keys, read, found_aside, copy)) = timeout_at(until, reading).await else {
             return (self.unread(), false);
         };
         let (keys, keys_error) = match keys {
@@ -356,6 +358,13 @@ impl Kept {
             Err(e) => (SealKeys::default(), Some(e)),
         };
         let mut kept = KeptSubscribers::default();
+        let mut aside_files = found_aside.unwrap_or_else(|e| {
+            // Read again soon.
+            self.lag.mark();
+            kept.may_lack = true;
+            kept.problems.push(unlisted(&self.copy_path, &e));
+            open::lock(&self.problems).aside.clone()
+        });
         let stored = match &db {
             Ok(db) => self.read_all(db, until).await,
             Err(e) => Err(e.clone()),
@@ -382,7 +391,7 @@ impl Kept {
                     Contents { is_there: true, damaged: 1, ..Contents::default() }
                 });
                 // The last change may be the line that is torn.
-                kept.may_lack = !contents.is_there || contents.damaged > 0 || contents.is_torn;
+                kept.may_lack |= !contents.is_there || contents.damaged > 0 || contents.is_torn;
                 kept.problems.push(away(&e, &contents, &copies.copy));
                 (contents.rows, false)
             }
@@ -488,7 +497,10 @@ impl Kept {
         };
         match timeout(self.timeout, reading).await {
             Ok((copied, aside_files, stored)) => {
-                found.extend(aside(&aside_files));
+                match aside_files {
+                    Ok(files) => found.extend(aside(&files)),
+                    Err(e) => found.push(unlisted(&self.copy_path, &e)),
+                }
                 match copied {
                     Ok(contents) if contents.damaged > 0 => {
                         found.push(format!("`{}` is damaged", self.copy_path.display()));
@@ -590,6 +602,14 @@ async fn stored_in(path: &Path) -> Result<Rows, StoreError> {
 fn unreadable(copy: &Path, e: &std::io::Error) -> String {
     format!(
         "the copy `{}` of the subscribers made over the API cannot be read: {e}; those that it alone has are not served, and none is removed",
+        copy.display()
+    )
+}
+
+/// Says that it is not known whether there are damaged copies that were set aside.
+fn unlisted(copy: &Path, e: &std::io::Error) -> String {
+    format!(
+        "the directory of `{}` cannot be read: {e}; whether a damaged copy of the subscribers made over the API is there is not known, and none is removed",
         copy.display()
     )
 }

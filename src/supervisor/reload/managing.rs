@@ -83,6 +83,11 @@ impl Owners {
         }
     }
 
+    /// No other store has history, which comes first where no store has subscribers yet.
+    fn may_claim(&self, own: &str) -> bool {
+        !matches!(&*self.history.borrow(), Some(Some(history)) if history != own)
+    }
+
     /// No store has subscribers, by the record.
     fn lack_subscribers(&self) -> bool {
         *self.subscribers.borrow() == Some(None)
@@ -165,14 +170,20 @@ impl Reloader {
                 },
             };
             let is_elsewhere = sharing == Sharing::Elsewhere;
-            if is_elsewhere && !std::mem::replace(&mut is_told, is_elsewhere) {
-                tracing::warn!("{ELSEWHERE}");
+            match (std::mem::replace(&mut is_told, is_elsewhere), is_elsewhere) {
+                (false, true) => tracing::warn!("{ELSEWHERE}"),
+                (true, false) if sharing == Sharing::Alone => {
+                    tracing::info!("this daemon's subscribers count again on [queue] prefix");
+                }
+                // It is not over while nothing is known.
+                (true, false) => is_told = true,
+                _ => {}
             }
             self.0.removals.share(sharing);
             let is_own_away = sharing == Sharing::Unknown && found.is_some();
             let claims = has_some && sharing == Sharing::Alone && owners.lack_subscribers();
             let was_unclaimed = is_unclaimed;
-            is_unclaimed = claims && !claimed(queue, store, was_unclaimed).await;
+            is_unclaimed = claims && !claimed(queue, store, &owners, was_unclaimed).await;
             tokio::select! {
                 is_open = owners.changed() => if !is_open { return },
                 // The sender is this reloader's.
@@ -241,9 +252,14 @@ pub async fn store_id(store: &impl Store) -> Result<String, StoreError> {
 }
 
 /// Claims the queue for the subscribers of this store; returns whether that is recorded.
-async fn claimed(queue: &impl Queue, store: &impl Store, is_told: bool) -> bool {
+async fn claimed(queue: &impl Queue, store: &impl Store, owners: &Owners, is_told: bool) -> bool {
     // A store that is away is reported, and its id is asked for again.
     let Ok(id) = store_id(store).await else { return false };
+    // Those that are left from when this daemon managed some are not put before those of the store
+    // of history.
+    if !owners.may_claim(&id) {
+        return true;
+    }
     match queue.claim_subscribers(&id).await {
         Ok(()) => true,
         // Another one was faster, and counts.
@@ -570,7 +586,14 @@ mod tests {
         subscribers.send_replace(Some(Some("other".to_owned())));
         shared(Sharing::Elsewhere).await;
         queue.take_claims();
-        // The record was deleted.
+        // The record was deleted. It does not put itself before the store of history.
+        history.send_replace(Some(Some("other".to_owned())));
+        subscribers.send_replace(Some(None));
+        shared(Sharing::Alone).await;
+        subscribers.send_replace(Some(Some("other".to_owned())));
+        shared(Sharing::Elsewhere).await;
+        assert_eq!(queue.take_claims(), [""; 0]);
+        history.send_replace(Some(None));
         subscribers.send_replace(Some(None));
         assert_eq!(claims().await, ["fake"]);
         drop((history, subscribers));

@@ -5,6 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
 use tokio::sync::watch;
 
 use super::{
+    copy::Copy,
     schema::{COPY_FILE, KEY_FILE},
     *,
 };
@@ -496,6 +497,16 @@ async fn a_copy_that_could_not_be_read_or_written_and_then_can_be_is_no_problem_
     fs::remove_dir(&part).expect("a directory");
     let kept = read_again(&store, &mut to_read).await;
     assert_eq!((&*kept.all, &*kept.problems), (&[KeptSubscriber::Open(a)][..], &[][..]));
+}
+
+#[test]
+fn a_directory_that_cannot_be_read_is_not_taken_for_one_without_damaged_copies() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("file");
+    fs::write(&file, "").expect("writes");
+    assert!(Copy::at(file.join(COPY_FILE)).aside().is_err());
+    let aside = Copy::at(dir.path().join("missing").join(COPY_FILE)).aside();
+    assert!(aside.expect("it is known").is_empty());
 }
 
 #[tokio::test]
