@@ -136,7 +136,7 @@ impl<Q: Queue> Lane<Q> {
             }
             End::Lost(e) => {
                 lane.queue_failed(&e.to_string());
-                Next::Recovery { writable: false }
+                Next::Recovery { writable: e.is_unwritable() }
             }
             End::Unsettled(why) => {
                 lane.queue_failed(&why);

@@ -27,8 +27,10 @@ pub use self::{
 use crate::{
     config::{Subscriber, Subscribers},
     delivery::{
-        Batch, BatchId, DeadLetter, Depths, MessageKind, PauseState, PauseStates, SubscriberName,
+        Batch, BatchId, DeadLetter, Depths, MessageKind, PauseState, PauseStates, Print,
+        SubscriberName,
     },
+    event::{InvalidEvent, head},
     store::EventNumber,
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
@@ -483,7 +485,8 @@ pub trait Source: Send {
 
 /// The settling end. Clones settle for the same source.
 pub trait Settler: Clone + Send + Sync + 'static {
-    /// Makes the settlement durable, then removes the messages from the queue.
+    /// Makes the settlement durable, then removes the messages from the queue. That first attempts
+    /// were delivered may become durable a moment later: who is killed meanwhile repeats them.
     ///
     /// # Errors
     /// The messages are still in the queue and are redelivered.
@@ -520,7 +523,8 @@ pub enum Taken {
 /// An event as it was published. The lane decides whether it is valid.
 #[derive(Debug)]
 pub struct Event {
-    pub body: Vec<u8>,
+    /// Shared by all lanes that have it in memory.
+    pub body: Bytes,
     /// The producer's, if there is one.
     pub message_id: Option<String>,
     pub content_type: Option<String>,
@@ -528,7 +532,25 @@ pub struct Event {
     pub published_at: Option<SystemTime>,
     /// The producer's, as W3C Trace Context has it.
     pub traceparent: Option<String>,
+    /// What its body was found to be, where the queue has read it for all lanes.
+    pub checked: Option<Checked>,
+    /// Its number in the log, where there is one: the same whenever it is taken.
+    pub number: Option<u64>,
     pub receipt: Receipt,
+}
+
+/// What the body of an event was found to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The field `timestamp`; an error if it is no event.
+    pub timestamp: Result<Option<u64>, InvalidEvent>,
+    pub print: Print,
+}
+
+impl Checked {
+    pub fn of(body: &[u8]) -> Self {
+        Self { timestamp: head(body).map(|head| head.timestamp), print: Print::of(body) }
+    }
 }
 
 /// The result of settled messages.
@@ -570,13 +592,25 @@ pub struct QueueError {
     text: String,
     needs_operator: bool,
     is_of_another_store: bool,
+    is_unwritable: bool,
     remedy: Option<String>,
 }
 
 impl QueueError {
     /// A failure that may end by itself.
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), needs_operator: false, is_of_another_store: false, remedy: None }
+        Self {
+            text: text.into(),
+            needs_operator: false,
+            is_of_another_store: false,
+            is_unwritable: false,
+            remedy: None,
+        }
+    }
+
+    /// The queue takes no writes: what is delivered could not be recorded.
+    pub fn unwritable(text: impl Into<String>) -> Self {
+        Self { is_unwritable: true, ..Self::new(text) }
     }
 
     /// A failure that stays until an operator changes the queue or the configuration.
@@ -607,6 +641,10 @@ impl QueueError {
 
     pub fn is_for_operator(&self) -> bool {
         self.needs_operator
+    }
+
+    pub fn is_unwritable(&self) -> bool {
+        self.is_unwritable
     }
 
     /// The finding that the queue could not be inspected.

@@ -3,6 +3,7 @@
 use std::{fmt, time::SystemTime};
 
 use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
 
 use super::{
     attempt_log::AttemptLog,
@@ -20,6 +21,28 @@ impl BatchId {
     /// A new id with 128 random bits. It has no dot, which Standard Webhooks uses as a separator.
     pub fn random() -> Self {
         Self(clock::batch_id())
+    }
+
+    /// The id of the first attempt of these events of a log, each with its number there, its time
+    /// and its print: who sends the same ones again, after a crash, sends them under the same id.
+    /// The times and prints keep the ids of a log that was restored or begun anew apart from those
+    /// before.
+    pub fn of_events(
+        subscriber: &str,
+        events: impl IntoIterator<Item = (u64, Option<SystemTime>, Print)>,
+    ) -> Self {
+        let mut hash = Sha256::new();
+        hash.update((subscriber.len() as u64).to_be_bytes());
+        hash.update(subscriber);
+        for (number, at, print) in events {
+            let since = at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+            hash.update(number.to_be_bytes());
+            hash.update(since.unwrap_or_default().as_nanos().to_be_bytes());
+            hash.update(print.as_bytes());
+        }
+        let digest: [u8; 32] = hash.finalize().into();
+        let (half, _) = digest.split_at(16);
+        Self(half.iter().fold("msg_".to_owned(), |id, byte| id + &format!("{byte:02x}")))
     }
 
     pub fn as_str(&self) -> &str {
@@ -113,6 +136,8 @@ impl Batch {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -139,6 +164,30 @@ mod tests {
             let others = Batch { prints: Some(prints[..2].into()), ..whole };
             assert_eq!(halves(&others), [None, None]);
         }
+    }
+
+    #[test]
+    fn the_same_events_of_a_log_have_the_same_id_and_others_another() {
+        let at = |millis| Some(SystemTime::UNIX_EPOCH + Duration::from_millis(millis));
+        let events = [(7, at(1), Print::of(b"a")), (9, at(1), Print::of(b"b"))];
+        let id = |events: &[_]| BatchId::of_events("s", events.iter().copied());
+        let of_these = id(&events);
+        assert_eq!(id(&events), of_these);
+        assert_eq!(of_these.as_str().len(), BatchId::random().as_str().len());
+        assert!(of_these.as_str().starts_with("msg_") && !of_these.is_half());
+        let [first, second] = events;
+        for others in [
+            vec![first],
+            vec![second, first],
+            vec![first, second, second],
+            vec![(8, at(1), Print::of(b"a")), second],
+            vec![(7, at(2), Print::of(b"a")), second],
+            vec![(7, None, Print::of(b"a")), second],
+            vec![(7, at(1), Print::of(b"x")), second],
+        ] {
+            assert_ne!(id(&others), of_these, "{others:?}");
+        }
+        assert_ne!(BatchId::of_events("t", events), of_these);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     ops::Range,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -9,11 +10,11 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     clock,
+    config::Subscriber,
     delivery::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
-        Print,
+        Print, SubscriberName,
     },
-    event::payload::Format,
     policy::{
         circuit_breaker::Begun,
         turn::Turn,
@@ -35,6 +36,9 @@ pub(super) struct Admitted {
 
 impl Admitted {
     fn print(&self) -> Print {
+        if let Some(checked) = &self.event.checked {
+            return checked.print;
+        }
         let body = &self.event.body;
         let added = self.added.clone().unwrap_or_default();
         Print::of_parts([&body[..added.start], &body[added.end..]])
@@ -110,27 +114,41 @@ pub(super) struct Started {
 }
 
 /// The batch of a first attempt; from here on its bytes and its id do not change.
-pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: usize) -> InFlight {
+pub(super) fn first_attempt(
+    subscriber: &Subscriber,
+    mut events: Vec<Admitted>,
+    bytes: usize,
+) -> InFlight {
+    let format = subscriber.format;
     let now = clock::now();
     let first = events.first_mut();
     let (happened_at, arrived_at, traceparent) = first.map_or_else(
         || (None, now, None),
         |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()),
     );
+    let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
     let batch = Batch {
-        id: BatchId::random(),
-        body: format.splice(events.iter().map(|e| e.event.body.as_slice()), bytes).into(),
+        id: id_of(&subscriber.name, &events, &prints),
+        body: format.splice(events.iter().map(|e| &e.event.body[..]), bytes).into(),
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
         attempts: 1,
         first_attempt_at: Some(now),
         traceparent,
         attempt_log: AttemptLog::default(),
-        prints: Some(events.iter().map(Admitted::print).collect()),
+        prints: Some(prints),
         replay: false,
     };
     let receipts = events.iter().map(|e| e.event.receipt).collect();
     InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
+}
+
+fn id_of(subscriber: &SubscriberName, events: &[Admitted], prints: &[Print]) -> BatchId {
+    let numbers: Option<Vec<u64>> = events.iter().map(|e| e.event.number).collect();
+    let Some(numbers) = numbers else { return BatchId::random() };
+    let times = events.iter().map(|e| e.event.published_at);
+    let all = numbers.into_iter().zip(times).zip(prints);
+    BatchId::of_events(subscriber, all.map(|((number, at), print)| (number, at, *print)))
 }
 
 /// The time of a field `timestamp`; `None` if it is beyond every clock.

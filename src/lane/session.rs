@@ -103,7 +103,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         mut source: Q::Source,
         drain: &mut watch::Receiver<bool>,
     ) -> End {
-        let mut taken = Vec::with_capacity(TAKE);
+        let mut taken = Vec::new();
         let gathers = self.lane.subscriber.batch.max_wait > GATHER;
         let mut gathering = None;
         let opened = clock::instant();
@@ -212,10 +212,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn begin_first(&mut self, slots: Slots) {
         let (events, bytes) = self.batcher.cut();
-        let format = self.lane.subscriber.format;
+        let subscriber = self.lane.subscriber.clone();
         let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
         self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move {
-            first_attempt(format, events, bytes)
+            first_attempt(&subscriber, events, bytes)
         });
     }
 

@@ -82,7 +82,7 @@ impl Sorted {
             Err((reason, error)) => {
                 let Event { body, content_type, message_id, receipt, .. } = event;
                 let letter =
-                    DeadLetter::of_event(body.into(), content_type, message_id, reason, error, now);
+                    DeadLetter::of_event(body, content_type, message_id, reason, error, now);
                 self.dead.push((receipt, letter));
             }
         }
@@ -111,7 +111,11 @@ fn prepare(
     if !batcher.fits(event.body.len()) {
         return Err((Reason::TooLarge, too_large()));
     }
-    let timestamp = head(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?.timestamp;
+    let timestamp = match &event.checked {
+        Some(checked) => checked.timestamp.clone(),
+        None => head(&event.body).map(|head| head.timestamp),
+    };
+    let timestamp = timestamp.map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
     let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
     let mut added = None;
     if let Some(with_id) = id.and_then(|id| with_id(&event.body, id)) {
@@ -119,7 +123,7 @@ fn prepare(
         if !batcher.fits(body.len()) {
             return Err((Reason::TooLarge, format!("with its event_id {}", too_large())));
         }
-        event.body = body;
+        event.body = body.into();
         added = Some(field);
     }
     Ok(Prepared { timestamp, added })
@@ -128,18 +132,24 @@ fn prepare(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::testing::subscriber, delivery::Print, lane::in_flight::first_attempt};
+    use crate::{
+        config::testing::subscriber, delivery::Print, lane::in_flight::first_attempt,
+        queue::Checked,
+    };
+    use bytes::Bytes;
     use std::time::Duration;
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
     fn event(body: &str) -> Event {
         Event {
-            body: body.into(),
+            body: Bytes::copy_from_slice(body.as_bytes()),
             message_id: Some("id-1".to_owned()),
             content_type: None,
             published_at: None,
             traceparent: None,
+            checked: None,
+            number: None,
             receipt: receipt(MessageKind::Event),
         }
     }
@@ -192,8 +202,16 @@ mod tests {
         for settings in ["", "event_ids = true", "format = \"jsonl\"\nevent_ids = true"] {
             let subscriber = subscriber("a", settings);
             let sorted = sorted(&subscriber, vec![Taken::Event(event(body))]);
-            let batch = first_attempt(subscriber.format, sorted.events, 100).batch;
+            let batch = first_attempt(&subscriber, sorted.events, 100).batch;
             assert_eq!(batch.prints, Some([Print::of(body.as_bytes())].into()));
+            let known = |body: &str| {
+                let checked = Some(Checked::of(body.as_bytes()));
+                Taken::Event(Event { checked, ..event(body) })
+            };
+            let sorted = super::tests::sorted(&subscriber, vec![known(body), known("no JSON")]);
+            let letter = &sorted.dead[0].1;
+            assert!(letter.error.starts_with("the event is not JSON"), "{}", letter.error);
+            assert_eq!(first_attempt(&subscriber, sorted.events, 100).batch.prints, batch.prints);
         }
         let sorted = sorted(&subscriber("a", ""), vec![Taken::Event(event("no JSON"))]);
         let (_, letter) = &sorted.dead[0];

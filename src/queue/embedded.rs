@@ -4,23 +4,35 @@
 //! - `store`: the file, its schema and its lock
 //! - `place`: whether the open files are still those at their paths
 //! - `segments`: what the subscribers are to get of the log
+//! - `backlog`: counts what the subscribers have still to get
 //! - `consumer`: source and settler of a subscriber
+//! - `head`: hands over what was read of the log to the lanes that want it
+//! - `reader`: reads the log once for all lanes
+//! - `passes`: which part of it is read next for lanes that are behind
+//! - `keep`: stores how far the lanes are, of all of them together
+//! - `ring`: the last events in memory, for all lanes
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
 //! - `trim`: deletes what nothing needs any more
 //! - `history`: the log as the source of history; `feed`: hands its events over
 //! - `doctor`: what can lose or hold up events
 //!
-//! The log is filtered when it is read, by the patterns that were configured when the event was
+//! The log is filtered when it is read, once for all lanes that are where it ends, by the patterns that were configured when the event was
 //! stored: each change of them begins another segment of the log. An event that matches no
 //! subscriber is stored for history alone, if there is one.
 
+mod backlog;
 mod consumer;
 mod dead;
 mod doctor;
 mod feed;
+mod head;
 mod history;
+mod keep;
+mod passes;
 mod place;
+mod reader;
+mod ring;
 mod segments;
 mod store;
 mod trim;
@@ -37,8 +49,11 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 use self::{
+    backlog::{backlogs, depths},
     consumer::{LaneRef, Unsettled},
+    head::Head,
     history::{NOBODY, TakenTo, Untaken},
+    keep::Keeper,
     segments::Segments,
     store::{Access, Store},
     trim::Replayed,
@@ -52,7 +67,7 @@ pub use self::{
 use crate::{
     clock,
     config::{EmbeddedConfig, HistoryConfig, Subscriber, Subscribers},
-    delivery::{Batch, BatchId, Depth, Depths, Pause, PauseState, PauseStates, SubscriberName},
+    delivery::{Batch, BatchId, Depths, Pause, PauseState, PauseStates, SubscriberName},
     event::Pattern,
     policy::retry::Backoff,
     queue::{
@@ -86,6 +101,8 @@ struct Inner {
     replayed: AsyncMutex<Replayed>,
     /// As they were read last.
     segments: Mutex<Arc<Segments>>,
+    head: Arc<Head>,
+    keeper: Arc<Keeper>,
     /// Counts commits that may have something for a lane.
     news: watch::Sender<u64>,
     pause_states: watch::Sender<Option<PauseStates>>,
@@ -136,6 +153,7 @@ impl EmbeddedQueue {
         let (history_position, untaken) = (HistoryPosition::default(), AsyncMutex::default());
         let (pause_states, removals) = (watch::Sender::new(None), Removals::default());
         let (prepared, lanes) = (Mutex::default(), Mutex::default());
+        let keeper = Arc::new(Keeper::new(store.clone()));
         Ok(Self(Arc::new(Inner {
             store,
             retention,
@@ -145,6 +163,8 @@ impl EmbeddedQueue {
             replay_floor: Mutex::default(),
             replayed: AsyncMutex::default(),
             segments: Mutex::default(),
+            head: Arc::default(),
+            keeper,
             news,
             pause_states,
             removals,
@@ -356,6 +376,8 @@ impl Queue for EmbeddedQueue {
         let tasks = async {
             tokio::join!(
                 self.poll_commits(),
+                self.read_for_all(),
+                self.keep_cursors(),
                 self.trim_periodically(),
                 self.bind_again(subscribers),
                 self.check_place()
@@ -368,6 +390,9 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn close(&self) {
+        if let Err(e) = self.0.keeper.store_all().await {
+            tracing::warn!(error = %e, "what was delivered last cannot be recorded, and will be delivered again");
+        }
         self.store().close().await;
     }
 
@@ -376,9 +401,7 @@ impl Queue for EmbeddedQueue {
         subscriber: &Subscriber,
         window: Window,
     ) -> Result<(Source, Settler), QueueError> {
-        let (source, settler) =
-            consumer::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window)
-                .await?;
+        let (source, settler) = consumer::open(self, &subscriber.name, window).await?;
         self.lanes().insert(subscriber.name.clone(), settler.lane());
         Ok((source, settler))
     }
@@ -478,7 +501,7 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
-        DeadLetters::open(self.store().clone(), subscriber).await
+        DeadLetters::open(self.store().clone(), self.0.head.clone(), subscriber).await
     }
 
     async fn waiting(&self, subscriber: &str) -> Result<WaitingList, QueueError> {
@@ -503,6 +526,8 @@ impl Queue for EmbeddedQueue {
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let place = self.store().place();
+        // A failure is the keeper's to report: what is not stored counts as waiting.
+        self.0.keeper.store_all().await.ok();
         // Before the database is read: messages settled meanwhile are not counted, and messages
         // taken meanwhile count as not taken.
         let unsettled: BTreeMap<SubscriberName, Unsettled> = self
@@ -531,6 +556,7 @@ impl Queue for EmbeddedQueue {
         subscriber: &SubscriberName,
         event: EventNumber,
     ) -> Result<Progress, QueueError> {
+        self.keep_of(subscriber).await.ok(); // what is not stored waits
         let name = subscriber.clone();
         let waits = move |db: &Connection| {
             let row = db
@@ -591,8 +617,7 @@ impl Queue for EmbeddedQueue {
                 |r| r.get(0),
             )?;
             // In the same transaction: newer messages are counted.
-            let full = !with_events
-                && depths(db, &BTreeMap::new())?.get(&name).is_some_and(|d| !d.is_empty());
+            let full = !with_events && !backlog::is_empty(db, &name)?;
             if open || full {
                 return Ok(if open { Pruned::StillOpen } else { Pruned::Full });
             }
@@ -626,36 +651,6 @@ enum Pruned {
     Full,
     /// It is configured.
     StillOpen,
-}
-
-/// The depths of all subscribers with messages, without those that lanes have unsettled.
-fn depths(
-    db: &Connection,
-    unsettled: &BTreeMap<SubscriberName, Unsettled>,
-) -> rusqlite::Result<BTreeMap<SubscriberName, Depth>> {
-    let mut depths: BTreeMap<SubscriberName, Depth> = BTreeMap::new();
-    for (name, events) in backlogs(db, unsettled)? {
-        depths.entry(name).or_default().events = events.into();
-    }
-    let now = millis(clock::now());
-    let mut query = db.prepare("SELECT subscriber, id, due <= ?1 FROM retry")?;
-    let mut rows = query.query([now])?;
-    while let Some(row) = rows.next()? {
-        let (name, id): (SubscriberName, i64) = (row.get(0)?, row.get(1)?);
-        let is_held = unsettled.get(&name).is_some_and(|held| held.envelopes.contains(&id));
-        let depth = depths.entry(name).or_default();
-        match (is_held, row.get(2)?) {
-            (true, _) => {}
-            (false, true) => depth.retries += 1,
-            (false, false) => depth.delayed += 1,
-        }
-    }
-    let mut query = db.prepare("SELECT subscriber, count(*) FROM dead GROUP BY 1")?;
-    let mut rows = query.query([])?;
-    while let Some(row) = rows.next()? {
-        depths.entry(row.get(0)?).or_default().dead = row.get::<_, i64>(1)?.unsigned_abs();
-    }
-    Ok(depths)
 }
 
 fn pause_states(db: &Connection) -> rusqlite::Result<BTreeMap<SubscriberName, PauseState>> {
@@ -788,30 +783,6 @@ fn end_segment(
     Ok(())
 }
 
-/// The backlog of each subscriber, without the events that its lane has unsettled.
-fn backlogs(
-    db: &Connection,
-    unsettled: &BTreeMap<SubscriberName, Unsettled>,
-) -> rusqlite::Result<Vec<(SubscriberName, u32)>> {
-    let mut found: Vec<(SubscriberName, u32)> = Vec::new();
-    let segments = db
-        .prepare("SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after")?
-        .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
-        .collect::<rusqlite::Result<Vec<(SubscriberName, String, i64, i64)>>>()?;
-    for (subscriber, patterns, after, upto) in segments {
-        let (mut waiting, held) = (0, unsettled.get(&subscriber).map(|held| &held.events));
-        each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |seq| {
-            waiting += u32::from(!held.is_some_and(|held| held.contains(&seq)));
-            true
-        })?;
-        match found.last_mut() {
-            Some((name, n)) if *name == subscriber => *n += waiting,
-            _ => found.push((subscriber, waiting)),
-        }
-    }
-    Ok(found)
-}
-
 /// Calls `found` with the number of each undelivered event of a segment, until that returns false.
 fn each_waiting(
     db: &Connection,
@@ -886,6 +857,22 @@ mod tests {
             traceparent: None,
         };
         queue.publish(vec![event; count]).await.expect("publishes")
+    }
+
+    /// A batch of one event.
+    pub(super) fn batch(id: &str) -> Batch {
+        Batch {
+            id: id.into(),
+            body: "{\"events\":[{}]}".into(),
+            format: Format::Json,
+            events: 1,
+            attempts: 0,
+            first_attempt_at: None,
+            traceparent: None,
+            attempt_log: AttemptLog::default(),
+            prints: None,
+            replay: false,
+        }
     }
 
     /// Takes what arrives within a moment.
@@ -1035,16 +1022,10 @@ mod tests {
             let kept = prints.clone().filter(|_| kept);
             publish(&queue, "x", 1).await;
             let batch = Batch {
-                id: "msg_1".into(),
-                body: "{}".into(),
-                format: Format::Json,
                 events: events.try_into().expect("few"),
                 attempts: 1,
-                first_attempt_at: None,
-                traceparent: None,
-                attempt_log: AttemptLog::default(),
                 prints,
-                replay: false,
+                ..batch("msg_1")
             };
             let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
             let receipts = take(&mut source).await;
@@ -1074,18 +1055,7 @@ mod tests {
         let subscribers = subscribers(&[("a", "x")]);
         queue.prepare(&subscribers).await.expect("prepares");
         publish(&queue, "x", 1).await;
-        let batch = |id: &str| Batch {
-            id: id.into(),
-            body: "{\"events\":[{}]}".into(),
-            format: Format::Json,
-            events: 1,
-            attempts: 0,
-            first_attempt_at: None,
-            traceparent: None,
-            attempt_log: AttemptLog::default(),
-            prints: None,
-            replay: true,
-        };
+        let batch = |id: &str| Batch { replay: true, ..batch(id) };
         let name = &subscribers[0].name;
         for batches in [vec![batch("msg_1"), batch("msg_2")], vec![batch("msg_1")]] {
             queue.enqueue(name, batches).await.expect("enqueues");
@@ -1277,6 +1247,7 @@ mod tests {
         receipts.extend(take(&mut source).await);
         assert_eq!(receipts.len(), 6, "what had come before it was removed, and what comes now");
         settler.settle(receipts, Settlement::Delivered).await.expect("settles");
+        queue.0.keeper.store_all().await.expect("writes");
         assert_eq!(
             queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts"),
             [("a".into(), 9), ("b".into(), 0)]

@@ -426,11 +426,13 @@ impl Source for End {
                     let (message_id, content_type, published_at, traceparent) =
                         (None, None, None, None);
                     into.push(Taken::Event(Event {
-                        body: body.into_bytes(),
+                        body: body.into(),
                         message_id,
                         content_type,
                         published_at,
                         traceparent,
+                        checked: None,
+                        number: None,
                         receipt,
                     }));
                 }

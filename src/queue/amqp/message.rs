@@ -401,7 +401,9 @@ pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
         published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
         receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
-        body: d.data,
+        body: d.data.into(),
+        checked: None,
+        number: None,
     })
 }
 
@@ -834,7 +836,7 @@ mod tests {
             (&zipped, encoded("utf-8").with_headers(by_kombu)),
         ] {
             match taken_event(delivery(body, properties.clone()), plain.len()) {
-                Taken::Event(event) => assert_eq!(event.body, plain),
+                Taken::Event(event) => assert_eq!(event.body[..], plain[..]),
                 other => panic!("{properties:?}: {other:?}"),
             }
         }

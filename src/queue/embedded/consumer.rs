@@ -1,9 +1,15 @@
 //! The source and the settler of a subscriber's part of the database.
+//!
+//! A source takes events that were read for all by [`Head`], and reads the log by itself only when no
+//! one does that. It queries its retries when it may have some that are due.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     ops::RangeInclusive,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -11,25 +17,32 @@ use bytes::Bytes;
 use rusqlite::{Connection, Row, params};
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
-use super::{from_millis, is_for, millis, parse_patterns, store::Store};
+use super::{
+    EmbeddedQueue, from_millis,
+    head::{Head, Pulled},
+    is_for,
+    keep::Keeper,
+    millis, newest, parse_patterns,
+    store::Store,
+};
 use crate::{
     clock,
     delivery::{
         AttemptLog, Batch, DeadLetter, MessageKind, Print, Prints, SubscriberName, cut_error,
     },
-    event::{Pattern, payload::Format},
+    event::{InvalidEvent, Pattern, payload::Format},
     queue::{
-        self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken,
-        Window,
+        self, Checked, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement,
+        Taken, Window,
     },
 };
 
 /// Rows of the log that one query reads: a pattern that matches little must not hold up other
 /// readers.
-const SCAN: u32 = 1000;
+pub(super) const SCAN: u32 = 1000;
 
 /// The longest time between two queries.
-const QUERY_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const QUERY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Events that the stored cursor may lag behind the scan while nothing matches.
 const MAX_CURSOR_LAG: i64 = 10_000;
@@ -54,13 +67,121 @@ struct Segment {
 
 /// The state that source and settler share.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     store: Store,
-    subscriber: SubscriberName,
+    keeper: Arc<Keeper>,
+    pub(super) subscriber: SubscriberName,
     taken: Mutex<TakenMessages>,
-    /// Unsettled over a write, so that the cursor only rises.
-    writing: AsyncMutex<()>,
-    room: Notify,
+    /// Held over a write of how far it is, so that the cursor only rises.
+    pub(super) writing: AsyncMutex<()>,
+    /// There may be something to take, or room for more.
+    wake: Notify,
+    /// Counts what may be a change of its retries.
+    retries_changed: AtomicU64,
+    /// A retry has a time that has not come.
+    waits_for_a_retry: AtomicBool,
+}
+
+/// An event as it is in the log.
+#[derive(Debug, Clone)]
+pub(super) struct Stored {
+    pub(super) seq: i64,
+    pub(super) message_id: Option<String>,
+    pub(super) at: i64,
+    pub(super) traceparent: Option<String>,
+    pub(super) body: Bytes,
+    /// Once for all lanes that take it.
+    pub(super) checked: Option<Checked>,
+}
+
+impl Stored {
+    /// Reads a row whose columns from the fourth on are `message_id, at, traceparent, body`.
+    pub(super) fn read(row: &Row<'_>, seq: i64) -> rusqlite::Result<Self> {
+        Ok(Self {
+            seq,
+            message_id: row.get(3)?,
+            at: row.get(4)?,
+            traceparent: row.get(5)?,
+            body: Bytes::copy_from_slice(row.get_ref(6)?.as_blob()?),
+            checked: None,
+        })
+    }
+
+    /// The bytes of its texts.
+    pub(super) fn bytes(&self) -> usize {
+        let texts = [&self.message_id, &self.traceparent].into_iter().flatten();
+        let why = match &self.checked {
+            Some(Checked { timestamp: Err(InvalidEvent::NotJson(why)), .. }) => why.len(),
+            _ => 0,
+        };
+        self.body.len() + texts.map(String::len).sum::<usize>() + why
+    }
+
+    /// An event of which only the number counts.
+    #[cfg(test)]
+    pub(super) fn numbered(seq: i64) -> Self {
+        let (message_id, traceparent) = (None, None);
+        Self { seq, message_id, at: 0, traceparent, body: Bytes::new(), checked: None }
+    }
+
+    fn to_event(&self) -> Event {
+        Event {
+            body: self.body.clone(),
+            message_id: self.message_id.clone(),
+            content_type: None,
+            published_at: Some(from_millis(self.at)).filter(|at| clock::is_sane(*at, clock::now())),
+            traceparent: self.traceparent.clone(),
+            checked: self.checked.clone(),
+            number: Some(self.seq.unsigned_abs()),
+            receipt: Receipt { from: MessageKind::Event, tag: self.seq.unsigned_abs() },
+        }
+    }
+}
+
+/// How far a session has read, held fast.
+pub(super) struct Position<'l>(MutexGuard<'l, TakenMessages>);
+
+impl Position<'_> {
+    pub(super) fn scanned(&self) -> i64 {
+        self.0.scanned
+    }
+
+    /// Nothing up to this number is for it that it has not taken.
+    pub(super) fn scan_to(&mut self, seq: i64) {
+        self.0.scanned = self.0.scanned.max(seq);
+    }
+
+    /// Of a session that has taken all up to this number: whether its stored cursor is elsewhere.
+    /// `None`: it has something unsettled.
+    pub(super) fn idle_at(&mut self, upto: i64) -> Option<bool> {
+        self.scan_to(upto);
+        let taken = &self.0;
+        taken.events.is_empty().then_some(taken.scanned > taken.cursor)
+    }
+
+    /// What the database does not have of how far it is. Counts as stored from now on, unless
+    /// that is [not so](Self::not_stored).
+    pub(super) fn store_now(&mut self) -> Option<Reached> {
+        self.0.is_unstored = false;
+        self.0.reached(&BTreeSet::new())
+    }
+
+    pub(super) fn not_stored(&mut self) {
+        self.0.is_unstored = true;
+    }
+
+    pub(super) fn is_unstored(&self) -> bool {
+        self.0.is_unstored
+    }
+
+    pub(super) fn stored(&mut self, reached: Reached) {
+        self.0.stored(reached);
+    }
+
+    /// The session ends: more would only be delivered without a record.
+    pub(super) fn refuse(&mut self, why: String) {
+        self.0.refused = Some(why);
+    }
 }
 
 /// The unsettled messages.
@@ -79,7 +200,28 @@ struct TakenMessages {
     ahead: Runs,
     /// All that is settled beyond the cursor, as the database has it.
     written: Vec<RangeInclusive<i64>>,
+    /// Something is settled that the database does not have.
+    is_unstored: bool,
+    /// Why that could not be stored.
+    refused: Option<String>,
     envelopes: HashSet<i64>,
+}
+
+/// How far a session is, for the database.
+#[derive(Debug, Clone)]
+pub(super) struct Reached {
+    /// `None`: as it was.
+    cursor: Option<i64>,
+    ahead: Option<Vec<RangeInclusive<i64>>>,
+}
+
+impl Reached {
+    pub(super) fn store(&self, db: &Connection, subscriber: &str) -> rusqlite::Result<()> {
+        if let Some(runs) = &self.ahead {
+            set_ahead(db, subscriber, runs)?;
+        }
+        self.cursor.map_or(Ok(()), |cursor| set_cursor(db, subscriber, cursor))
+    }
 }
 
 /// The number and the bytes of unsettled events.
@@ -137,7 +279,21 @@ impl TakenMessages {
         Load { events: self.open.len(), bytes: self.open_bytes }
     }
 
-    fn finish(&mut self, finished: &BTreeSet<i64>, cursor: i64) {
+    /// What the database does not have, once these are settled too.
+    fn reached(&self, finished: &BTreeSet<i64>) -> Option<Reached> {
+        let cursor = self.cursor_after(finished);
+        let runs = self.runs_after(finished, cursor);
+        let cursor = Some(cursor).filter(|cursor| *cursor > self.cursor);
+        let ahead = Some(runs).filter(|runs| *runs != self.written);
+        (cursor.is_some() || ahead.is_some()).then_some(Reached { cursor, ahead })
+    }
+
+    fn stored(&mut self, reached: Reached) {
+        self.cursor = self.cursor.max(reached.cursor.unwrap_or(self.cursor));
+        self.written = reached.ahead.unwrap_or_else(|| std::mem::take(&mut self.written));
+    }
+
+    fn finish(&mut self, finished: &BTreeSet<i64>) {
         for (seq, done) in &mut self.events {
             *done |= finished.contains(seq);
         }
@@ -145,7 +301,6 @@ impl TakenMessages {
             self.events.pop_front();
         }
         self.open_bytes -= finished.iter().filter_map(|seq| self.open.remove(seq)).sum::<usize>();
-        self.cursor = self.cursor.max(cursor);
     }
 }
 
@@ -171,18 +326,42 @@ impl LaneRef {
 }
 
 impl Shared {
-    fn taken(&self) -> std::sync::MutexGuard<'_, TakenMessages> {
+    fn taken(&self) -> MutexGuard<'_, TakenMessages> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn position(&self) -> Position<'_> {
+        Position(self.taken())
+    }
+
+    pub(super) fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    pub(super) fn look_at_retries(&self) {
+        self.retries_changed.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    /// Counts what may be a change of its retries.
+    pub(super) fn count_of_retries(&self) -> u64 {
+        self.retries_changed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn waits_for_a_retry(&self) -> bool {
+        self.waits_for_a_retry.load(Ordering::Relaxed)
     }
 }
 
 pub(super) async fn open(
-    store: Store,
-    news: watch::Receiver<u64>,
+    queue: &EmbeddedQueue,
     subscriber: &SubscriberName,
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
+    let store = queue.store().clone();
+    let (head, news) = (queue.0.head.clone(), queue.changes());
     let name = subscriber.clone();
+    queue.keep_of(subscriber).await?;
     // Read on the writing thread, in the order of writes: those that a panicked lane had begun are
     // included.
     let began = (clock::instant(), clock::now());
@@ -195,6 +374,7 @@ pub(super) async fn open(
     let cursor = segments.first().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
+        keeper: queue.0.keeper.clone(),
         subscriber: subscriber.clone(),
         taken: Mutex::new(TakenMessages {
             scanned: cursor,
@@ -204,12 +384,21 @@ pub(super) async fn open(
             ..TakenMessages::default()
         }),
         writing: AsyncMutex::default(),
-        room: Notify::new(),
+        wake: Notify::new(),
+        retries_changed: AtomicU64::new(1),
+        waits_for_a_retry: AtomicBool::new(false),
     });
-    Ok((
-        Source { shared: shared.clone(), news, window, behind_since: None, clocks_read: began },
-        Settler(shared),
-    ))
+    head.join(&shared);
+    let source = Source {
+        shared: shared.clone(),
+        head,
+        news,
+        window,
+        retries: Retries::default(),
+        behind_since: None,
+        clocks_read: began,
+    };
+    Ok((source, Settler(shared)))
 }
 
 /// Reschedules retries after the clock was set back: otherwise they would wait as much longer as it
@@ -241,8 +430,10 @@ fn segments(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<Segment>>
 #[derive(Debug)]
 pub struct Source {
     shared: Arc<Shared>,
+    head: Arc<Head>,
     news: watch::Receiver<u64>,
     window: Window,
+    retries: Retries,
     /// When the stored cursor began to lag behind the scan.
     behind_since: Option<Instant>,
     /// The time by both clocks, of which one can be set.
@@ -257,8 +448,25 @@ struct Found {
     scanned: i64,
     /// The log may have more than was read.
     more: bool,
-    /// When the next retry is due, in Unix milliseconds.
+    /// What it has found of the retries; `None` if it had no room for one.
+    retries: Option<Retries>,
+}
+
+/// What is known of the retries that a lane has not taken.
+#[derive(Debug, Clone, Copy, Default)]
+struct Retries {
+    /// The count of changes up to which they are known.
+    seen: u64,
+    /// When the next one is due, in Unix milliseconds.
     next_due: Option<i64>,
+}
+
+/// What a query is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Query {
+    Retries,
+    /// Retries, and so many events.
+    Both(usize),
 }
 
 impl queue::Source for Source {
@@ -266,13 +474,28 @@ impl queue::Source for Source {
         loop {
             // Before the query: a commit meanwhile must wake the wait below.
             self.news.borrow_and_update();
-            let shared = self.shared.clone();
-            let room = shared.room.notified();
-            self.mind_the_clock().await?;
-            let found = self.query(max).await?;
-            let next_due = found.next_due;
-            let more = found.more;
             let before = into.len();
+            if let Some(why) = self.shared.taken().refused.take() {
+                return Err(QueueError::unwritable(why));
+            }
+            self.mind_the_clock().await?;
+            if self.may_have_due_retries() {
+                let found = self.query(Query::Retries).await?;
+                self.hand_over(found, into);
+            }
+            let pulled = self.pull(max, into);
+            if into.len() > before {
+                return Ok(());
+            }
+            if pulled == Pulled::Retries {
+                continue;
+            }
+            if pulled != Pulled::Alone {
+                self.woken().await;
+                continue;
+            }
+            let found = self.query(Query::Both(max)).await?;
+            let more = found.more;
             self.hand_over(found, into);
             if into.len() > before {
                 return Ok(());
@@ -287,20 +510,16 @@ impl queue::Source for Source {
                     None => std::future::pending().await,
                 }
             };
-            // The clock can be set, and the poll for commits can fail: query again every few
-            // seconds.
-            let until_due =
-                next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
-            let due = tokio::time::sleep(
-                until_due.unwrap_or(QUERY_INTERVAL).clamp(Duration::from_millis(5), QUERY_INTERVAL),
-            );
+            // The poll for commits can fail: query again every few seconds.
+            let next_due = self.retries.next_due.filter(|_| self.has_room_for_retries());
+            let due = tokio::time::sleep(next_due.map_or(QUERY_INTERVAL, until_due));
             tokio::select! {
                 changed = self.news.changed() => {
                     if changed.is_err() {
                         return Err(QueueError::new("the embedded queue was closed"));
                     }
                 }
-                () = room => {}
+                () = self.shared.wake.notified() => {}
                 () = due => {}
                 () = advance => {}
             }
@@ -313,10 +532,77 @@ impl queue::Source for Source {
         !self.shared.taken().held().allows(QUERY_BYTES)
     }
 
-    async fn close(self) {}
+    async fn close(self) {
+        // Who opens it next finds it there; and if this fails, what is not stored is kept until then.
+        self.shared.keeper.store(std::slice::from_ref(&self.shared)).await.ok();
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.head.leave(&self.shared);
+    }
+}
+
+/// The time to the next query for a retry that is due at this time: the clock can be set, so a query
+/// follows every few seconds.
+fn until_due(at: i64) -> Duration {
+    let until_due = from_millis(at).duration_since(clock::now()).unwrap_or_default();
+    until_due.clamp(Duration::from_millis(5), QUERY_INTERVAL)
 }
 
 impl Source {
+    /// Whether a query would find retries that are due, or that were not known.
+    fn may_have_due_retries(&self) -> bool {
+        let Retries { seen, next_due } = self.retries;
+        let have_changed = self.shared.count_of_retries() != seen;
+        (have_changed || next_due.is_some_and(|at| at <= millis(clock::now())))
+            && self.has_room_for_retries()
+    }
+
+    fn has_room_for_retries(&self) -> bool {
+        self.shared.taken().envelopes.len() < usize::from(self.window.envelopes)
+    }
+
+    /// Until there may be something to take, or room for more, as those who read for it say.
+    async fn woken(&self) {
+        let next_due = self.retries.next_due.filter(|_| self.has_room_for_retries());
+        let due = async {
+            match next_due {
+                Some(at) => tokio::time::sleep(until_due(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.shared.wake.notified() => {}
+            () = due => {}
+        }
+    }
+
+    /// Takes what the ring has for this subscriber.
+    pub(super) fn pull(&self, max: usize, into: &mut Vec<Taken>) -> Pulled {
+        let (window, before) = (usize::from(self.window.events), into.len());
+        let seen = self.has_room_for_retries().then_some(self.retries.seen);
+        let room = {
+            let taken = self.shared.taken();
+            max > 0 && taken.events.len() < window && taken.held().allows(0)
+        };
+        self.head.pull(&self.shared, seen, room, |position, stored| {
+            let taken = &mut *position.0;
+            if taken.ahead.iter().any(|run| run.contains(&stored.seq)) {
+                return true;
+            }
+            let has_room = into.len() - before < max && taken.events.len() < window;
+            if !has_room || !taken.held().allows(stored.body.len()) {
+                return false;
+            }
+            let event = stored.to_event();
+            taken.take(&event);
+            into.push(Taken::Event(event));
+            true
+        })
+    }
+
     /// Keeps retries from waiting longer because the clock was set back.
     async fn mind_the_clock(&mut self) -> Result<(), QueueError> {
         let (instant, time) = (clock::instant(), clock::now());
@@ -324,6 +610,7 @@ impl Source {
         if time + CLOCK_STEP < last_time + (instant - last_instant) {
             let subscriber = self.shared.subscriber.clone();
             self.shared.store.write(move |db| reschedule(db, &subscriber, millis(time))).await?;
+            self.shared.look_at_retries();
         }
         self.clocks_read = (instant, time);
         Ok(())
@@ -331,13 +618,15 @@ impl Source {
 
     /// Queries due retries, and events as far as there is room for them. Changes nothing, so that
     /// it can be dropped while it waits.
-    async fn query(&mut self, max: usize) -> Result<Found, QueueError> {
+    async fn query(&self, query: Query) -> Result<Found, QueueError> {
+        // Before the query: a change meanwhile must be looked at again.
+        let seen = self.shared.count_of_retries();
         let (scanned, events_room, load, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
             (
                 taken.scanned,
-                room.min(max),
+                if let Query::Both(max) = query { room.min(max) } else { 0 },
                 taken.held(),
                 taken.envelopes.iter().copied().collect::<Vec<_>>(),
                 taken.ahead.clone(),
@@ -353,16 +642,17 @@ impl Source {
                 // event was stored.
                 let db = db.unchecked_transaction()?;
                 let mut found = Found { scanned, ..Found::default() };
-                found.next_due = if envelopes_room > 0 {
-                    due(&db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)?
-                } else {
-                    None
-                };
+                if envelopes_room > 0 {
+                    let (room, into) = (envelopes_room, &mut found.envelopes);
+                    let next_due = due(&db, &subscriber, now, &held, room, into)?;
+                    found.retries = Some(Retries { seen, next_due });
+                }
+                if events_room == 0 {
+                    return Ok(found);
+                }
                 let mut segments =
                     segments(&db, &subscriber)?.into_iter().filter(|s| scanned < s.upto);
-                if let (Some(Segment { patterns, after, upto }), 1..) =
-                    (segments.next(), events_room)
-                {
+                if let Some(Segment { patterns, after, upto }) = segments.next() {
                     let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
                         is_for(&subscriber, &patterns, event_type, only_for)
                             && !ahead.iter().any(|run| run.contains(&seq))
@@ -383,6 +673,11 @@ impl Source {
     }
 
     fn hand_over(&mut self, found: Found, into: &mut Vec<Taken>) {
+        if let Some(retries) = found.retries {
+            self.retries = retries;
+            let waits = retries.next_due.is_some();
+            self.shared.waits_for_a_retry.store(waits, Ordering::Relaxed);
+        }
         let mut taken = self.shared.taken();
         taken.scanned = taken.scanned.max(found.scanned);
         for (id, envelope) in found.envelopes {
@@ -521,7 +816,7 @@ fn scan(
 ) -> rusqlite::Result<bool> {
     // The bytes of what history alone has are not read: they may be most of the log.
     let mut query = db.prepare_cached(
-        "SELECT seq, type, message_id, only_for, iif(only_for = '', x'', body), at, traceparent FROM event \
+        "SELECT seq, type, only_for, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event \
          WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3",
     )?;
     let mut rows = query.query(params![after, upto, SCAN])?;
@@ -534,30 +829,25 @@ fn scan(
         scanned += 1;
         let seq: i64 = row.get(0)?;
         let event_type = row.get_ref(1)?.as_str()?;
-        let only_for = row.get_ref(3)?.as_str_or_null()?;
+        let only_for = row.get_ref(2)?.as_str_or_null()?;
         let is_wanted = wanted(seq, event_type, only_for);
-        if is_wanted && !load.allows(row.get_ref(4)?.as_blob()?.len()) {
+        if is_wanted && !load.allows(row.get_ref(6)?.as_blob()?.len()) {
             return Ok(false);
         }
         found.scanned = seq;
         if is_wanted {
-            let body: Vec<u8> = row.get(4)?;
-            bytes += body.len();
-            load = Load { events: load.events + 1, bytes: load.bytes + body.len() };
-            found.events.push(Event {
-                body,
-                message_id: row.get(2)?,
-                content_type: None,
-                published_at: Some(from_millis(row.get(5)?))
-                    .filter(|at| clock::is_sane(*at, clock::now())),
-                traceparent: row.get(6)?,
-                receipt: Receipt { from: MessageKind::Event, tag: seq.unsigned_abs() },
-            });
+            let stored = Stored::read(row, seq)?;
+            let size = stored.body.len();
+            bytes += size;
+            load = Load { events: load.events + 1, bytes: load.bytes + size };
+            found.events.push(stored.to_event());
         }
     }
     found.more = scanned == SCAN;
-    if !found.more && upto != i64::MAX {
-        found.scanned = found.scanned.max(upto); // the segment has an end, and this is it
+    if !found.more {
+        // The end of the segment, or of the log: its last numbers may have no event any more.
+        let end = if upto == i64::MAX { newest(db)? } else { upto };
+        found.scanned = found.scanned.max(end);
     }
     Ok(!found.more)
 }
@@ -577,21 +867,25 @@ impl queue::Settler for Settler {
         receipts: Vec<Receipt>,
         settlement: Settlement,
     ) -> Result<(), SettleError> {
-        let shared = &*self.0;
-        let _writing = shared.writing.lock().await;
+        let shared = &self.0;
         let of =
             |kind| receipts.iter().filter(move |r| r.from == kind).map(|r| r.tag.cast_signed());
         let events: BTreeSet<i64> = of(MessageKind::Event).collect();
         let envelopes: Vec<i64> = of(MessageKind::Batch).collect();
-        let (cursor, moved, runs, changed) = {
-            let taken = shared.taken();
-            let cursor = taken.cursor_after(&events);
-            let runs = taken.runs_after(&events, cursor);
-            let changed = runs != taken.written;
-            (cursor, cursor > taken.cursor, runs, changed)
-        };
-        let written = runs.clone();
-        let (subscriber, settled) = (shared.subscriber.clone(), envelopes.clone());
+        // Nothing but the cursor says so, and a write for each batch costs more than its request.
+        if envelopes.is_empty() && matches!(settlement, Settlement::Delivered) {
+            let is_left_to_keeper = shared.keeper.settle(shared, |position| {
+                position.0.finish(&events);
+            });
+            if is_left_to_keeper {
+                shared.wake();
+                return Ok(());
+            }
+        }
+        let _writing = shared.writing.lock().await;
+        let reached = shared.taken().reached(&events);
+        let (subscriber, stored) = (shared.subscriber.clone(), reached.clone());
+        let settled = envelopes.clone();
         let now = clock::now();
         let settle = move |db: &Connection| {
             for id in &settled {
@@ -609,25 +903,24 @@ impl queue::Settler for Settler {
                     letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?
                 }
             }
-            if changed {
-                set_ahead(db, &subscriber, &runs)?;
-            }
-            if moved { set_cursor(db, &subscriber, cursor) } else { Ok(()) }
+            stored.map_or(Ok(()), |reached| reached.store(db, &subscriber))
         };
         shared.store.write(settle).await.map_err(|e| SettleError::Unconfirmed(e.to_string()))?;
         let mut taken = shared.taken();
-        taken.finish(&events, cursor);
-        taken.written = written;
+        taken.finish(&events);
+        if let Some(reached) = reached {
+            taken.stored(reached);
+        }
         for id in &envelopes {
             taken.envelopes.remove(id);
         }
         drop(taken);
-        shared.room.notify_one();
+        shared.wake();
         Ok(())
     }
 }
 
-fn set_cursor(db: &Connection, subscriber: &str, cursor: i64) -> rusqlite::Result<()> {
+pub(super) fn set_cursor(db: &Connection, subscriber: &str, cursor: i64) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE segment SET after = ?2 WHERE subscriber = ?1 AND after < ?2")?
         .execute(params![subscriber, cursor])?;
     db.prepare_cached("DELETE FROM segment WHERE subscriber = ?1 AND upto <= ?2")?
@@ -723,7 +1016,11 @@ mod tests {
                 for seq in order.iter().filter(|seq| **seq > cursor) {
                     prop_assert_eq!(runs.iter().any(|run| run.contains(seq)), !left.contains(seq));
                 }
-                hand.finish(&finished, cursor);
+                let reached = hand.reached(&finished);
+                hand.finish(&finished);
+                reached.into_iter().for_each(|reached| hand.stored(reached));
+                prop_assert_eq!((hand.cursor, &hand.written), (cursor, &runs));
+                prop_assert!(hand.reached(&BTreeSet::new()).is_none());
             }
             prop_assert!(hand.events.is_empty());
         }

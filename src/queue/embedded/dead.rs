@@ -1,11 +1,15 @@
 //! Walks through a subscriber's dead letters, replays them, purges them.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{
     consumer::{insert_retry, read_attempt_log, read_prints},
-    from_millis, millis,
+    from_millis,
+    head::Head,
+    millis,
     store::Store,
 };
 use crate::{
@@ -19,6 +23,7 @@ use crate::{
 #[derive(Debug)]
 pub struct DeadLetters {
     store: Store,
+    head: Arc<Head>,
     subscriber: String,
     /// The number of the last one that was passed.
     after: i64,
@@ -28,7 +33,11 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    pub(super) async fn open(store: Store, subscriber: &str) -> Result<Self, QueueError> {
+    pub(super) async fn open(
+        store: Store,
+        head: Arc<Head>,
+        subscriber: &str,
+    ) -> Result<Self, QueueError> {
         let name = subscriber.to_owned();
         let (left, upto, known) = store
             .read(move |db| {
@@ -48,7 +57,7 @@ impl DeadLetters {
                 "the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"
             )));
         }
-        Ok(Self { store, subscriber: subscriber.to_owned(), after: 0, upto, left })
+        Ok(Self { store, head, subscriber: subscriber.to_owned(), after: 0, upto, left })
     }
 }
 
@@ -78,7 +87,8 @@ impl queue::DeadLetters for DeadLetters {
     async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
         let subscriber = self.subscriber.clone();
         let now = millis(clock::now());
-        self.store
+        let left = self
+            .store
             .write(move |db| {
                 for held in &letters {
                     // Another command may have been faster.
@@ -88,7 +98,9 @@ impl queue::DeadLetters for DeadLetters {
                 }
                 Ok(Vec::new()) // there is always a place for them
             })
-            .await
+            .await;
+        self.head.retries_changed(&self.subscriber);
+        left
     }
 
     async fn purge(&mut self, letters: Vec<Held>) -> Result<(), QueueError> {

@@ -149,6 +149,12 @@ const MIGRATIONS: &[&str] = &[
     CREATE TRIGGER segment_changed AFTER UPDATE OF subscriber, patterns, upto, begun ON segment
         BEGIN UPDATE log_state SET segments = random(); END;
 ",
+    "
+    -- When a subscriber is done with a segment that has ended, nothing changes of what it is to get.
+    DROP TRIGGER segment_deleted;
+    CREATE TRIGGER segment_deleted AFTER DELETE ON segment WHEN OLD.upto IS NULL
+        BEGIN UPDATE log_state SET segments = random(); END;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).

@@ -68,6 +68,7 @@ pub(super) async fn hasten(
             Ok((found || is_known(db, &name)?).then_some(hastened))
         })
         .await?;
+    queue.0.head.retries_changed(subscriber);
     hastened.ok_or_else(|| unknown(subscriber))
 }
 
@@ -93,7 +94,10 @@ pub(super) async fn enqueue(
         }
         Ok(true)
     };
-    if queue.store().write(enqueue).await? { Ok(()) } else { Err(unknown(subscriber.as_str())) }
+    let is_known = queue.store().write(enqueue).await?;
+    // Before this returns: no later event is to be taken before them.
+    queue.0.head.retries_changed(subscriber);
+    if is_known { Ok(()) } else { Err(unknown(subscriber.as_str())) }
 }
 
 /// Scheduled now too, so that they follow a clock that is set back later.
