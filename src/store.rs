@@ -176,20 +176,21 @@ pub trait Store: Clone + Send + Sync + 'static {
         id: &str,
     ) -> impl Future<Output = Result<Option<Delivery>, StoreError>> + Send;
 
-    /// The deliveries to a subscriber, begun from `since` on and before `until`, whose batches hold
-    /// an event with this print; as far as that can be read within `time`. Oldest first, at most
-    /// [`MAX_ROWS`].
+    /// The deliveries to some subscribers, begun from `since` on and before `until`, whose batches
+    /// hold an event with this print. Answers for the first of the subscribers, in their order: for
+    /// as many as can be read within `time`, and at least for one, which alone may be cut short. Of
+    /// each the oldest first, at most [`MAX_ROWS`].
     ///
     /// # Errors
     /// The store cannot be read.
     fn deliveries_with(
         &self,
-        subscriber: &str,
+        subscribers: &[SubscriberName],
         print: Print,
         since: SystemTime,
         until: SystemTime,
         time: Duration,
-    ) -> impl Future<Output = Result<WithEvent, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Vec<WithEvent>, StoreError>> + Send;
 
     /// Records which patterns each subscriber has from now on. One that is not among them has none.
     ///

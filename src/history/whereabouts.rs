@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::time::timeout;
@@ -193,18 +193,18 @@ pub async fn of_event<S: Store>(
     for name in configured.keys() {
         spans.entry(name.clone()).or_default();
     }
-    let print = Print::from_sha256(&event.sha256);
-    let (mut found, mut spare) = (Vec::with_capacity(spans.len()), NOT_MATCHED_TIME);
-    for (subscriber, spans) in spans {
-        let wish = wish(event, &spans, configured.get(&subscriber));
+    let wishes: Vec<(SubscriberName, Wish)> = spans
+        .into_iter()
+        .map(|(subscriber, spans)| {
+            let wish = wish(event, &spans, configured.get(&subscriber));
+            (subscriber, wish)
+        })
+        .collect();
+    let mut recorded = recorded(store, event, &wishes, &reach.gaps).await?;
+    let mut found = Vec::with_capacity(wishes.len());
+    for (subscriber, wish) in wishes {
         let configured = configured.contains_key(&subscriber);
-        // A replay may have sent it all the same, by other patterns. Those that were not to get it may
-        // be many, so that they share a time.
-        let begun = clock::instant();
-        let with_event = match &wish {
-            Wish::Not(_) if spare.is_zero() => WithEvent::default(),
-            _ => deliveries(store, &subscriber, print, event.at, &reach.gaps).await?,
-        };
+        let with_event = recorded.remove(&subscriber).unwrap_or_default();
         let (mut fate, deliveries) = decided(&with_event, &reach.gaps);
         if let Some(known) = &fate {
             let decisive = deliveries.first();
@@ -221,7 +221,6 @@ pub async fn of_event<S: Store>(
             }
         }
         if let Wish::Not(patterns) = &wish {
-            spare = spare.saturating_sub(clock::instant() - begun);
             fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
         }
         let mut lane = Lane::default();
@@ -290,32 +289,70 @@ fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) 
     }
 }
 
+/// The deliveries of each subscriber whose batches have the event, as far as they can be read.
+async fn recorded<S: Store>(
+    store: &S,
+    event: &EventRow,
+    wishes: &[(SubscriberName, Wish)],
+    gaps: &[Gap],
+) -> Result<BTreeMap<SubscriberName, WithEvent>, StoreError> {
+    let is_not = |wish: &Wish| matches!(wish, Wish::Not(_));
+    let named = |not: bool| {
+        let these = wishes.iter().filter(move |(_, wish)| is_not(wish) == not);
+        these.map(|(name, _)| name.clone()).collect::<Vec<_>>()
+    };
+    let mut all = deliveries(store, &named(false), event, gaps, None).await?;
+    // A replay may have sent it all the same, by other patterns. Those that were not to get it may be
+    // many, so that they share a time.
+    let end = clock::instant() + NOT_MATCHED_TIME;
+    all.extend(deliveries(store, &named(true), event, gaps, Some(end)).await?);
+    Ok(all)
+}
+
 /// Reads the deliveries from the event's time on. Without one whose end is certain, also those before
 /// it: for a producer whose clock is ahead, and for a daemon that was killed while its clock was, and
 /// whose successor sent the event with the clock set back.
 async fn deliveries<S: Store>(
     store: &S,
-    subscriber: &SubscriberName,
-    print: Print,
-    at: SystemTime,
+    subscribers: &[SubscriberName],
+    event: &EventRow,
     gaps: &[Gap],
-) -> Result<WithEvent, StoreError> {
-    let before = |time: Duration| at.checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH);
-    let far = at + Duration::from_secs(100 * 365 * 24 * 3600);
-    let found =
-        store.deliveries_with(subscriber.as_str(), print, before(BLUR), far, READ_TIME).await?;
+    end: Option<Instant>,
+) -> Result<BTreeMap<SubscriberName, WithEvent>, StoreError> {
+    let before = |time: Duration| event.at.checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH);
+    let far = event.at + Duration::from_secs(100 * 365 * 24 * 3600);
+    let print = Print::from_sha256(&event.sha256);
+    let mut found = begun_within(store, subscribers, print, (before(BLUR), far), end).await?;
     let is_certain =
         |d: &Delivery| accepted(d).is_some() || lacks_since(gaps, d.changed_at).is_none();
-    if found.deliveries.iter().any(is_certain) {
-        return Ok(found);
+    let uncertain = found.iter().filter(|(_, found)| !found.deliveries.iter().any(is_certain));
+    let uncertain: Vec<SubscriberName> = uncertain.map(|(name, _)| name.clone()).collect();
+    let times = (before(AHEAD), before(BLUR));
+    for (name, earlier) in begun_within(store, &uncertain, print, times, end).await? {
+        // What the later ones lack decides why nothing is known.
+        let later = found.entry(name).or_default();
+        later.deliveries.splice(..0, earlier.deliveries);
     }
-    let mut earlier = store
-        .deliveries_with(subscriber.as_str(), print, before(AHEAD), before(BLUR), READ_TIME)
-        .await?;
-    // What the later ones lack decides why nothing is known.
-    earlier.deliveries.extend(found.deliveries);
-    let (without_prints, searched_until) = (found.without_prints, found.searched_until);
-    Ok(WithEvent { deliveries: earlier.deliveries, without_prints, searched_until })
+    Ok(found)
+}
+
+/// Reads those that were begun from one time on and before another, of as many subscribers as can be
+/// asked for by `end`. A call of the store answers for many of them; each has [`READ_TIME`].
+async fn begun_within<S: Store>(
+    store: &S,
+    subscribers: &[SubscriberName],
+    print: Print,
+    (since, until): (SystemTime, SystemTime),
+    end: Option<Instant>,
+) -> Result<BTreeMap<SubscriberName, WithEvent>, StoreError> {
+    let (mut found, mut left) = (BTreeMap::new(), subscribers);
+    while !left.is_empty() && end.is_none_or(|end| clock::instant() < end) {
+        let read = store.deliveries_with(left, print, since, until, READ_TIME).await?;
+        let (asked, rest) = left.split_at(read.len().min(left.len()));
+        found.extend(asked.iter().cloned().zip(read));
+        left = rest;
+    }
+    Ok(found)
 }
 
 /// When the receiver accepted a delivery, and by which attempt. A batch that was sent again keeps
@@ -613,6 +650,57 @@ mod tests {
         f.record("m3", 4000, vec![started(1), ended(1, 200), Change::Delivered]).await;
         assert_eq!(f.fate().await, Fate::Delivered { at: at(3001), last: last("m2", 1, 200) });
         assert!(f.fate().await.is_settled());
+    }
+
+    #[tokio::test]
+    async fn many_subscribers_are_asked_for_together_and_each_has_its_own_answer() {
+        let mut f = Fixture::new().await;
+        let name = |n: u64| SubscriberName::from(&*format!("s-{n:03}"));
+        let wanted = |n: u64| patterns(if n.is_multiple_of(3) { "report.#" } else { "#" });
+        f.configured = (0..300).map(|n| (name(n), wanted(n))).collect();
+        let all = f.configured.clone().into_iter().collect();
+        f.store.subscribed(all, at(20)).await.expect("records");
+        // Of five one has it, one had it before the event's time, and one retries it.
+        for n in 0..300 {
+            let (seconds, status) = match n % 5 {
+                0 => (1001, 200),
+                1 => (400, 200),
+                2 => (1001, 503),
+                _ => continue,
+            };
+            let end = if status == 200 { Change::Delivered } else { Change::Paused };
+            let changes = [started(1), ended(1, status), end].map(|change| DeliveryChange {
+                id: (&*format!("m{n}")).into(),
+                subscriber: name(n),
+                at: at(seconds),
+                change,
+            });
+            f.store.record(changes.to_vec()).await.expect("records");
+        }
+        let event = f.store.memory().events[0].clone();
+        let found = async || {
+            f.store.memory().searches = 0;
+            let found = of_event(&f.store, &event, &f.configured, &f, f.now).await;
+            (found.expect("answers"), f.store.memory().searches)
+        };
+        let (together, searches) = found().await;
+        assert_eq!(searches, 4, "those that were to get it and the others, after and before it");
+        // Subscriber `a` is not configured any more, and comes first.
+        for (n, one) in (0..300).zip(&together[1..]) {
+            let why = "it waited for its subscriber to be resumed, which is not known to be paused any more";
+            let fate = match (n % 5, n % 3) {
+                (0, _) => Fate::Delivered { at: at(1002), last: last(&format!("m{n}"), 1, 200) },
+                (1, _) => Fate::Delivered { at: at(401), last: last(&format!("m{n}"), 1, 200) },
+                (2, _) => Fate::Unknown { why: why.to_owned() },
+                (_, 0) => Fate::NotMatched { patterns: patterns("report.#") },
+                _ => continue,
+            };
+            assert_eq!((&one.subscriber, &one.fate), (&name(n), &fate), "{n}");
+        }
+        for answers_for in [1, 7] {
+            f.store.memory().answers_for = Some(answers_for);
+            assert_eq!(found().await.0, together, "{answers_for} at once");
+        }
     }
 
     #[tokio::test]

@@ -41,6 +41,10 @@ pub(crate) struct Memory {
     pub(crate) changes: usize,
     /// The number of calls that recorded them.
     pub(crate) records: usize,
+    /// The number of calls that searched deliveries for an event.
+    pub(crate) searches: usize,
+    /// The most subscribers that such a call answers for.
+    pub(crate) answers_for: Option<usize>,
     pub(crate) events: Vec<EventRow>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) subscriptions: Vec<Subscription>,
@@ -301,25 +305,30 @@ impl Store for FakeStore {
 
     async fn deliveries_with(
         &self,
-        subscriber: &str,
+        subscribers: &[SubscriberName],
         print: Print,
         since: SystemTime,
         until: SystemTime,
         _time: Duration,
-    ) -> Result<WithEvent, StoreError> {
-        let memory = self.open()?;
-        let mut found = WithEvent::default();
-        for d in &memory.deliveries {
-            if d.subscriber.as_str() != subscriber || d.begun_at < since || d.begun_at >= until {
-                continue;
+    ) -> Result<Vec<WithEvent>, StoreError> {
+        let mut memory = self.open()?;
+        memory.searches += 1;
+        let most = memory.answers_for.unwrap_or(subscribers.len());
+        let of = |subscriber: &SubscriberName| {
+            let mut found = WithEvent::default();
+            for d in &memory.deliveries {
+                if d.subscriber != *subscriber || d.begun_at < since || d.begun_at >= until {
+                    continue;
+                }
+                match &d.contents.prints {
+                    Some(prints) if prints.contains(&print) => found.deliveries.push(d.clone()),
+                    Some(_) => {}
+                    None => found.without_prints += 1,
+                }
             }
-            match &d.contents.prints {
-                Some(prints) if prints.contains(&print) => found.deliveries.push(d.clone()),
-                Some(_) => {}
-                None => found.without_prints += 1,
-            }
-        }
-        Ok(found)
+            found
+        };
+        Ok(subscribers.iter().take(most).map(of).collect())
     }
 
     async fn subscribed(

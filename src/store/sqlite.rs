@@ -389,17 +389,17 @@ impl Store for SqliteStore {
 
     async fn deliveries_with(
         &self,
-        subscriber: &str,
+        subscribers: &[SubscriberName],
         print: Print,
         since: SystemTime,
         until: SystemTime,
         time: Duration,
-    ) -> Result<WithEvent, StoreError> {
-        let subscriber = subscriber.to_owned();
+    ) -> Result<Vec<WithEvent>, StoreError> {
+        let subscribers = subscribers.to_vec();
         let times = (millis(since), millis(until));
         let find = move |db: &Connection, _: &mut Source<'_>| {
             let deadline = clock::instant() + time;
-            Ok(deliveries::with_event(db, &subscriber, print, times, deadline)?)
+            Ok(deliveries::with_event(db, &subscribers, print, times, deadline)?)
         };
         self.read(By::Looker, find).await
     }

@@ -208,26 +208,54 @@ pub(super) fn list(
     Ok(page)
 }
 
-/// The deliveries to a subscriber, begun from one time on and before another, whose batches hold an
-/// event. Oldest first.
+/// The deliveries to the first of some subscribers, begun from one time on and before another, whose
+/// batches hold an event.
 pub(super) fn with_event(
+    db: &Connection,
+    subscribers: &[SubscriberName],
+    print: Print,
+    times: (i64, i64),
+    deadline: Instant,
+) -> rusqlite::Result<Vec<WithEvent>> {
+    let first = first_since(db, times.0)?;
+    let mut all = Vec::new();
+    for subscriber in subscribers {
+        let found = of_subscriber(db, subscriber.as_str(), print, (first, times), deadline)?;
+        let is_late = clock::instant() >= deadline;
+        // The next call begins with it, and has the whole time for it.
+        if is_late && found.searched_until.is_some() && !all.is_empty() {
+            break;
+        }
+        all.push(found);
+        if is_late {
+            break;
+        }
+    }
+    Ok(all)
+}
+
+/// Those to a subscriber from a row on, the oldest first.
+fn of_subscriber(
     db: &Connection,
     subscriber: &str,
     print: Print,
-    (since, until): (i64, i64),
+    (first, (since, until)): (i64, (i64, i64)),
     deadline: Instant,
 ) -> rusqlite::Result<WithEvent> {
     let mut found = WithEvent::default();
-    let sql =
-        format!("SELECT {COLUMNS} FROM delivery WHERE subscriber = ?1 AND row >= ?2 ORDER BY row");
-    let mut statement = db.prepare_cached(&sql)?;
-    let mut rows = statement.query(params![subscriber, first_since(db, since)?])?;
+    let mut one = db.prepare_cached(&format!("SELECT {COLUMNS} FROM delivery WHERE row = ?1"))?;
+    let mut statement = db.prepare_cached(
+        "SELECT row, begun_at, prints FROM delivery WHERE subscriber = ?1 AND row >= ?2 ORDER BY row",
+    )?;
+    let mut rows = statement.query(params![subscriber, first])?;
     while let Some(row) = rows.next()? {
-        let begun: i64 = row.get(6)?;
+        let begun: i64 = row.get(1)?;
         if (since..until).contains(&begun) {
-            match row.get_ref(15)?.as_blob_or_null()? {
+            match row.get_ref(2)?.as_blob_or_null()? {
                 None => found.without_prints += 1,
-                Some(prints) if has_print(prints, print) => found.deliveries.extend(read(row)?),
+                Some(prints) if has_print(prints, print) => {
+                    found.deliveries.extend(one.query_row([row.get::<_, i64>(0)?], read)?);
+                }
                 Some(_) => {}
             }
         }

@@ -45,10 +45,11 @@ async fn a_delivery_is_what_its_changes_made_it() {
     assert_eq!(listed(Some("delivered")).await, [""; 0]);
     assert_eq!(listed(Some("no such state")).await, [""; 0]);
     let (since, until) = (now() - HOUR, now() + HOUR);
-    let found = store.deliveries_with("siem", Print::of(b"b"), since, until, LONG).await;
-    assert_eq!(found.expect("finds").deliveries.len(), 3);
-    let found = store.deliveries_with("siem", Print::of(b"c"), since, until, LONG).await;
-    assert_eq!(found.expect("finds"), WithEvent::default());
+    let siem = ["siem".into()];
+    let found = store.deliveries_with(&siem, Print::of(b"b"), since, until, LONG).await;
+    assert_eq!(found.expect("finds")[0].deliveries.len(), 3);
+    let found = store.deliveries_with(&siem, Print::of(b"c"), since, until, LONG).await;
+    assert_eq!(found.expect("finds"), [WithEvent::default()]);
     store.close(true).await;
     let store = start(config(dir.path())).await;
     let state = store.delivery("msg_4").await.expect("reads").map(|d| d.state);
@@ -157,4 +158,72 @@ async fn patterns_are_kept_with_the_times_in_which_they_held() {
             ("b", 1, times[1], None)
         ]
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn the_deliveries_of_an_event_are_those_that_a_scan_finds(
+        begun in proptest::collection::vec(
+            (0..4_usize, 0..100_u64, proptest::option::weighted(0.8, proptest::collection::vec(0..5_u8, 0..3))),
+            0..40,
+        ),
+        asked in Just((0..5_usize).collect::<Vec<_>>()).prop_shuffle(),
+        (since, until) in (0..100_u64, 0..100_u64),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let store = start(config(dir.path())).await;
+            let name = |n: usize| SubscriberName::from(["a", "b", "c", "d", "none"][n]);
+            let base = time(millis(now() - HOUR));
+            let at = |millis| base + Duration::from_millis(millis);
+            let changes = begun.iter().enumerate().map(|(n, (subscriber, begun, prints))| {
+                let prints = prints.as_ref().map(|all| all.iter().map(|p| Print::of(&[*p])).collect());
+                let contents = Contents { prints, ..contents() };
+                let change = Change::Started { attempt: 1, contents, by: "host:1".to_owned() };
+                let id = BatchId::from(&*format!("msg_{n}"));
+                DeliveryChange { id, subscriber: name(*subscriber), at: at(*begun), change }
+            });
+            store.record(changes.collect()).await.expect("records");
+            let names: Vec<_> = asked.iter().copied().map(name).collect();
+            let print = Print::of(&[1]);
+            let found = store.deliveries_with(&names, print, at(since), at(until), LONG).await;
+            let mut expected = vec![WithEvent::default(); names.len()];
+            let all = store.deliveries(&DeliveryFilter::default(), None, 500, LONG).await;
+            for delivery in all.expect("lists").rows.into_iter().rev() {
+                let place = names.iter().position(|name| *name == delivery.subscriber);
+                let of = &mut expected[place.expect("was asked for")];
+                if delivery.begun_at < at(since) || delivery.begun_at >= at(until) {
+                    continue;
+                }
+                match &delivery.contents.prints {
+                    Some(prints) if prints.contains(&print) => of.deliveries.push(delivery),
+                    Some(_) => {}
+                    None => of.without_prints += 1,
+                }
+            }
+            assert_eq!(found.expect("finds"), expected);
+            store.close(true).await;
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_search_without_time_answers_for_one_subscriber_as_far_as_it_came() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    store.record(vec![started("msg_1"), started("msg_2")]).await.expect("records");
+    let (since, until) = (now() - HOUR, now() + HOUR);
+    let names = ["siem".into(), "other".into()];
+    let search = async |names: &[SubscriberName]| {
+        let found = store.deliveries_with(names, Print::of(b"b"), since, until, Duration::ZERO);
+        found.await.expect("finds")
+    };
+    let found = search(&names).await;
+    assert_eq!(found.len(), 1, "the other is asked for in a call of its own");
+    assert_eq!(found[0].deliveries.len(), 1);
+    assert!(found[0].searched_until.is_some());
+    assert_eq!(search(&names[1..]).await, [WithEvent::default()]);
 }
