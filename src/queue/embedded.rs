@@ -1047,6 +1047,68 @@ mod tests {
         }
     }
 
+    /// A queue whose subscriber `a` has a dead letter of each size, each with its number as id.
+    async fn with_letters(dir: &tempfile::TempDir, sizes: &[usize]) -> EmbeddedQueue {
+        let queue = EmbeddedQueue::for_daemon(&config(dir, Duration::ZERO)).expect("opens");
+        let a = subscribers(&[("a", "x")]);
+        queue.prepare(&a).await.expect("prepares");
+        publish(&queue, "x", 1).await;
+        let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+        let receipts = take(&mut source).await;
+        let letter = |(n, size): (usize, &usize)| {
+            let (body, id) = (vec![b'x'; *size].into(), Some(n.to_string()));
+            let now = clock::now();
+            DeadLetter::of_event(body, None, id, Reason::InvalidEvent, String::new(), now)
+        };
+        let dead = Settlement::Dead(sizes.iter().enumerate().map(letter).collect());
+        settler.settle(receipts, dead).await.expect("settles");
+        queue
+    }
+
+    /// The ids of the letters that are left of a walk.
+    async fn ids(mut walk: DeadLetters) -> Vec<usize> {
+        let mut ids = Vec::new();
+        while let Some(held) = walk.next().await.expect("reads") {
+            ids.push(held.letter.id.expect("an id").parse().expect("a number"));
+        }
+        ids
+    }
+
+    #[tokio::test]
+    async fn dead_letters_are_read_many_at_once_but_not_more_than_a_mebibyte() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = with_letters(&dir, &[10; 600]).await;
+        assert_eq!(ids(queue.dead_letters("a").await.expect("opens")).await.len(), 600);
+        // Those that were read are passed although another walk has purged them.
+        let mut walk = queue.dead_letters("a").await.expect("opens");
+        let first = walk.next().await.expect("reads").expect("one");
+        purge_all(&queue).await;
+        let second = walk.next().await.expect("reads").expect("another");
+        assert_eq!(walk.left(), 598);
+        // Each is replayed only if it is still there.
+        let left = walk.replay(vec![first, second]).await.expect("replays");
+        assert!(left.is_empty());
+        assert_eq!(ids(walk).await, (2..256).collect::<Vec<_>>());
+        let depths = queue.depths(&subscribers(&[("a", "x")])).await.expect("counts");
+        assert!(depths.subscribers["a"].is_empty(), "{depths:?}");
+
+        let large = tempfile::tempdir().expect("a directory");
+        let queue = with_letters(&large, &[600_000; 5]).await;
+        let mut walk = queue.dead_letters("a").await.expect("opens");
+        walk.next().await.expect("reads").expect("one");
+        purge_all(&queue).await;
+        assert_eq!(ids(walk).await, [1]);
+    }
+
+    async fn purge_all(queue: &EmbeddedQueue) {
+        let mut walk = queue.dead_letters("a").await.expect("opens");
+        let mut letters = Vec::new();
+        while let Some(held) = walk.next().await.expect("reads") {
+            letters.push(held);
+        }
+        walk.purge(letters).await.expect("purges");
+    }
+
     #[tokio::test]
     async fn an_enqueued_batch_is_taken_before_events_and_waits_once() {
         let dir = tempfile::tempdir().expect("a directory");

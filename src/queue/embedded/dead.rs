@@ -1,9 +1,9 @@
 //! Walks through a subscriber's dead letters, replays them, purges them.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, Row, params};
 
 use super::{
     consumer::{insert_retry, read_attempt_log, read_prints},
@@ -19,13 +19,20 @@ use crate::{
     queue::{self, Held, QueueError},
 };
 
+/// Letters that are read at once, and bytes of their bodies, approximately. Read one by one, 10,000
+/// letters take most of a second.
+const AT_ONCE: i64 = 256;
+const AT_ONCE_BYTES: usize = 1 << 20;
+
 /// A walk through a subscriber's dead letters, oldest first.
 #[derive(Debug)]
 pub struct DeadLetters {
     store: Store,
     head: Arc<Head>,
     subscriber: String,
-    /// The number of the last one that was passed.
+    /// Those that were read and not passed yet. Another walk may remove them meanwhile.
+    read: VecDeque<Held>,
+    /// The number of the last one that was read.
     after: i64,
     /// The number of the last one of this walk.
     upto: i64,
@@ -57,7 +64,19 @@ impl DeadLetters {
                 "the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"
             )));
         }
-        Ok(Self { store, head, subscriber: subscriber.to_owned(), after: 0, upto, left })
+        let read = VecDeque::new();
+        Ok(Self { store, head, subscriber: subscriber.to_owned(), read, after: 0, upto, left })
+    }
+
+    /// Reads the next letters; none at the end of the walk.
+    async fn read_more(&mut self) -> Result<(), QueueError> {
+        let (subscriber, after, upto) = (self.subscriber.clone(), self.after, self.upto);
+        let read = self.store.read(move |db| some(db, &subscriber, after, upto)).await?;
+        if let Some(last) = read.back() {
+            self.after = last.tag.cast_signed();
+        }
+        self.read = read;
+        Ok(())
     }
 }
 
@@ -67,21 +86,14 @@ impl queue::DeadLetters for DeadLetters {
     }
 
     async fn next(&mut self) -> Result<Option<Held>, QueueError> {
-        let (subscriber, after, upto) = (self.subscriber.clone(), self.after, self.upto);
-        let found = self.store.read(move |db| {
-            db.prepare_cached(
-                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story, prints \
-                 FROM dead WHERE subscriber = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT 1",
-            )?
-            .query_row(params![subscriber, after, upto], |row| read(row, &subscriber))
-            .optional()
-        });
-        let found = found.await?;
-        if let Some(held) = &found {
-            self.after = held.tag.cast_signed();
+        if self.read.is_empty() {
+            self.read_more().await?;
+        }
+        let next = self.read.pop_front();
+        if next.is_some() {
             self.left = self.left.saturating_sub(1);
         }
-        Ok(found)
+        Ok(next)
     }
 
     async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
@@ -112,6 +124,29 @@ impl queue::DeadLetters for DeadLetters {
     async fn close(self) -> Result<(), QueueError> {
         Ok(())
     }
+}
+
+/// The first letters after a number and up to another.
+fn some(
+    db: &Connection,
+    subscriber: &str,
+    after: i64,
+    upto: i64,
+) -> rusqlite::Result<VecDeque<Held>> {
+    let mut statement = db.prepare_cached(
+        "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story, prints \
+         FROM dead WHERE subscriber = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT ?4",
+    )?;
+    let mut rows = statement.query(params![subscriber, after, upto, AT_ONCE])?;
+    let (mut letters, mut bytes) = (VecDeque::new(), 0);
+    while bytes < AT_ONCE_BYTES
+        && let Some(row) = rows.next()?
+    {
+        let held = read(row, subscriber)?;
+        bytes += held.letter.body.len();
+        letters.push_back(held);
+    }
+    Ok(letters)
 }
 
 fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
