@@ -59,7 +59,7 @@
 //!              · words · row · filter · delivery · replay · subscriber · state · store
 //!              · fake · sqlite
 //!              sqlite/ · fault · schema · tokens · chunk · hours · source · append · search
-//!              · deliveries · around · replays · sealed · merge · copy · keyring · open · kept
+//!              · deliveries · around · pack · replays · sealed · merge · copy · keyring · open · kept
 //!              · reseal · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL

@@ -364,8 +364,8 @@ pub trait Store: Clone + Send + Sync + 'static {
         limit: usize,
     ) -> impl Future<Output = Result<Page<Operation>, StoreError>> + Send;
 
-    /// Removes a little of what is older than the retention, or more than fits; true if there is
-    /// more to remove.
+    /// Removes a little of what is older than the retention, or more than fits, or else arranges a
+    /// little of what stays so that it is searched sooner; true if there may be more to do.
     ///
     /// # Errors
     /// The store cannot be written.

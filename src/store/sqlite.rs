@@ -15,6 +15,7 @@ mod kept;
 mod keyring;
 mod merge;
 mod open;
+mod pack;
 mod replays;
 mod reseal;
 mod schema;
@@ -560,7 +561,12 @@ impl Store for SqliteStore {
         let trim = move |db: &Connection, open: &Open| {
             open.with_source(By::Writer, |source| around::trim(db, source, &history, spared, now))
         };
-        self.write(&open, trim).await
+        if self.write(&open, trim).await? {
+            return Ok(true);
+        }
+        // It takes room for a while.
+        let Ok(open) = self.0.writable() else { return Ok(false) };
+        self.write(&open, |db, _| Ok(pack::pack(db)?)).await
     }
 
     async fn id(&self) -> Result<String, StoreError> {

@@ -190,23 +190,31 @@ pub(crate) async fn all_pages(
     }
 }
 
-/// Adds events to an empty store and compares each filter's list with a scan of all of them.
+/// Adds events to an empty store and compares each filter's list with a scan of all of them; before
+/// and after all that is done to what is stored.
 pub(crate) async fn finds_what_a_scan_finds(
     store: &impl Store,
     events: &[NewRow],
     filters: &[EventFilter],
     limit: usize,
 ) {
-    for group in events.chunks(5) {
+    for (n, group) in events.chunks(5).enumerate() {
         let appended = store.append(group.to_vec()).await.expect("appends");
         assert_eq!((appended.events, appended.repeats), (group.len(), 0));
+        if n % 2 == 1 {
+            // In between, and not to its end.
+            store.trim(crate::clock::now()).await.expect("trims");
+        }
     }
-    for filter in filters {
-        let found = all_pages(store, filter, limit).await;
-        let found: Vec<_> = found.iter().map(|row| row.body.clone().expect("a body")).collect();
-        let expected = events.iter().rev().filter(|row| selects(filter, row));
-        let expected: Vec<_> = expected.map(|row| row.body.clone()).collect();
-        assert_eq!(found, expected, "{filter:?}");
+    for is_trimmed in [false, true] {
+        while is_trimmed && store.trim(crate::clock::now()).await.expect("trims") {}
+        for filter in filters {
+            let found = all_pages(store, filter, limit).await;
+            let found: Vec<_> = found.iter().map(|row| row.body.clone().expect("a body")).collect();
+            let expected = events.iter().rev().filter(|row| selects(filter, row));
+            let expected: Vec<_> = expected.map(|row| row.body.clone()).collect();
+            assert_eq!(found, expected, "{filter:?}");
+        }
     }
 }
 

@@ -53,8 +53,8 @@ impl Memory {
     fn follow(&mut self, db: &Connection, chunk: &Chunk) -> rusqlite::Result<()> {
         let known = i64::try_from(self.types.len()).unwrap_or(i64::MAX);
         if self.chunk != chunk.id || known != chunk.types {
-            let names = Types::of(db, chunk)?.into_names();
-            self.types = names.into_iter().zip(0..).collect();
+            let types = Types::of(db, chunk);
+            self.types = types.names()?.iter().cloned().zip(0..).collect();
             self.chunk = chunk.id;
         }
         Ok(())
@@ -248,7 +248,7 @@ fn is_stored(
     let mut is_stored = false;
     let sha256: [u8; 32] = Sha256::digest(&event.body).into();
     for chunk in chunks {
-        let types = Types::of(db, chunk)?;
+        let types = Types::of(db, chunk);
         let mut compare = |found: Found<'_>| {
             let row = found.to_row()?;
             is_stored = row.message_id.as_deref() == Some(id) && row.sha256 == sha256;

@@ -3,6 +3,8 @@
 //! To delete single rows from a full-text index costs as much as to add them, and more the larger it
 //! is. To drop a chunk of 50,000 events takes some 40 ms (measured).
 
+use std::cell::OnceCell;
+
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 /// The most events of a chunk.
@@ -75,6 +77,15 @@ impl Chunk {
         db.prepare_cached(&format!("SELECT {COLUMNS} FROM chunk ORDER BY id LIMIT 1"))?
             .query_row([], Self::read)
             .optional()
+    }
+
+    /// The first chunk after another that takes no more events: the latest one may.
+    pub(super) fn first_full_after(db: &Connection, id: i64) -> rusqlite::Result<Option<Self>> {
+        db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM chunk WHERE id > ?1 AND id < (SELECT max(id) FROM chunk) ORDER BY id LIMIT 1"
+        ))?
+        .query_row([id], Self::read)
+        .optional()
     }
 
     /// Begins a chunk. `has_rows`: it stores the events themselves, and not their words alone.
@@ -182,32 +193,40 @@ pub(super) fn last_before(db: &Connection, since: i64) -> rusqlite::Result<i64> 
     first.map_or_else(|| last_event(db), |first| Ok(first - 1))
 }
 
-/// The listed types of a chunk.
-#[derive(Debug, Default)]
-pub(super) struct Types {
+/// The listed types of a chunk. They are read when they are first needed: most searches find nothing
+/// in most chunks.
+pub(super) struct Types<'d> {
+    db: &'d Connection,
+    chunk: i64,
     /// In the order of their numbers, which begin at 0.
-    names: Vec<String>,
+    names: OnceCell<Vec<String>>,
 }
 
-impl Types {
-    pub(super) fn of(db: &Connection, chunk: &Chunk) -> rusqlite::Result<Self> {
-        let names = db
+impl<'d> Types<'d> {
+    pub(super) const fn of(db: &'d Connection, chunk: &Chunk) -> Self {
+        Self { db, chunk: chunk.id, names: OnceCell::new() }
+    }
+
+    pub(super) fn name(&self, number: i64) -> rusqlite::Result<Option<&str>> {
+        let names = self.names()?;
+        Ok(usize::try_from(number).ok().and_then(|n| names.get(n)).map(String::as_str))
+    }
+
+    pub(super) fn names(&self) -> rusqlite::Result<&[String]> {
+        match self.names.get() {
+            Some(names) => Ok(names),
+            None => {
+                let names = self.read()?;
+                Ok(self.names.get_or_init(|| names))
+            }
+        }
+    }
+
+    fn read(&self) -> rusqlite::Result<Vec<String>> {
+        self.db
             .prepare_cached("SELECT type FROM chunk_type WHERE chunk = ?1 ORDER BY number")?
-            .query_map([chunk.id], |row| row.get(0))?
-            .collect::<rusqlite::Result<_>>()?;
-        Ok(Self { names })
-    }
-
-    pub(super) fn name(&self, number: i64) -> Option<&str> {
-        self.names.get(usize::try_from(number).ok()?).map(String::as_str)
-    }
-
-    pub(super) fn names(&self) -> &[String] {
-        &self.names
-    }
-
-    pub(super) fn into_names(self) -> Vec<String> {
-        self.names
+            .query_map([self.chunk], |row| row.get(0))?
+            .collect()
     }
 }
 

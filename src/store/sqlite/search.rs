@@ -141,9 +141,9 @@ impl Hunt<'_> {
         before: i64,
     ) -> Result<ControlFlow<()>, Fault> {
         let filter = &self.search.filter;
-        let types = Types::of(db, chunk)?;
+        let types = Types::of(db, chunk);
         let choice = match &filter.event_type {
-            Some(pattern) => Choice::of(pattern, &types, chunk),
+            Some(pattern) => Choice::of(pattern, types.names()?, chunk),
             None => Choice::Any,
         };
         let chosen = match &choice {
@@ -221,13 +221,13 @@ enum Choice<'t> {
 }
 
 impl<'t> Choice<'t> {
-    fn of(pattern: &'t Pattern, types: &'t Types, chunk: &Chunk) -> Self {
-        let names = types.names().iter().map(String::as_str);
+    fn of(pattern: &'t Pattern, types: &'t [String], chunk: &Chunk) -> Self {
+        let names = types.iter().map(String::as_str);
         let matching: Vec<&str> = names.filter(|name| pattern.matches(name)).collect();
         let are_all_listed = chunk.types < MAX_TYPES;
         match matching.len() {
             0 if are_all_listed => Self::None,
-            n if are_all_listed && (n == types.names().len() || n > MAX_TERMS) => Self::Any,
+            n if are_all_listed && (n == types.len() || n > MAX_TERMS) => Self::Any,
             _ if are_all_listed => Self::These(matching),
             // The list lacks some.
             _ if pattern.as_str().contains(['*', '#']) => Self::Any,

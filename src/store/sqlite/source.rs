@@ -33,7 +33,7 @@ pub(super) enum Source<'l> {
 
 /// An event that a query has come to; read as far as that is asked for.
 pub(super) enum Found<'f> {
-    Row(&'f Row<'f>, &'f Types),
+    Row(&'f Row<'f>, &'f Types<'f>),
     /// With or without its body.
     Logged(&'f NewRow, bool),
 }
@@ -57,7 +57,7 @@ impl Found<'_> {
     pub(super) fn event_type(&self) -> rusqlite::Result<&str> {
         match self {
             Self::Row(row, types) => match row.get_ref(2)? {
-                ValueRef::Integer(number) => Ok(types.name(number).unwrap_or_default()),
+                ValueRef::Integer(number) => Ok(types.name(number)?.unwrap_or_default()),
                 listed => Ok(listed.as_str()?),
             },
             Self::Logged(row, _) => Ok(&row.event_type),
@@ -170,7 +170,7 @@ impl Source<'_> {
     pub(super) fn scan(
         &mut self,
         db: &Connection,
-        (chunk, types): (&Chunk, &Types),
+        (chunk, types): (&Chunk, &Types<'_>),
         before: i64,
         each: &mut Each<'_>,
     ) -> Result<ControlFlow<()>, Fault> {
@@ -213,7 +213,7 @@ impl Source<'_> {
     pub(super) fn find(
         &mut self,
         db: &Connection,
-        (chunk, types): (&Chunk, &Types),
+        (chunk, types): (&Chunk, &Types<'_>),
         query: &str,
         before: i64,
         each: &mut Each<'_>,
@@ -226,9 +226,14 @@ impl Source<'_> {
         let mut numbers = statement.query((query, before))?;
         let (log, has_bodies) = match self {
             Self::Tables => {
-                let mut one = one(db, chunk)?;
+                // Prepared when it is needed: most chunks have nothing of most queries.
+                let mut one = None;
                 while let Some(found) = numbers.next()? {
                     let number: i64 = found.get(0)?;
+                    let one = match &mut one {
+                        Some(one) => one,
+                        none => none.insert(row_of(db, chunk)?),
+                    };
                     let row = one.query_row([number], |row| each(Found::Row(row, types)));
                     if row.optional()?.is_some_and(|flow| flow.is_break()) {
                         return Ok(ControlFlow::Break(()));
@@ -270,9 +275,9 @@ impl Source<'_> {
     ) -> Result<Option<EventRow>, Fault> {
         match self {
             Self::Tables => {
-                let types = Types::of(db, chunk)?;
+                let types = Types::of(db, chunk);
                 let read = |row: &Row<'_>| Found::Row(row, &types).to_row();
-                Ok(one(db, chunk)?.query_row([number], read).optional()?)
+                Ok(row_of(db, chunk)?.query_row([number], read).optional()?)
             }
             Self::Log(log, has_bodies) => {
                 let rows = log.get(&[EventNumber(number)], AT_ONCE_BYTES)?.0;
@@ -314,7 +319,7 @@ impl Source<'_> {
     ) -> Result<ControlFlow<()>, Fault> {
         let (log, has_bodies) = match self {
             Self::Tables => {
-                let types = Types::of(db, chunk)?;
+                let types = Types::of(db, chunk);
                 let sql = format!(
                     "SELECT {COLUMNS} FROM {} WHERE number BETWEEN ?1 AND ?2 ORDER BY number",
                     chunk.rows()
@@ -349,7 +354,11 @@ impl Source<'_> {
     }
 }
 
-fn one<'d>(db: &'d Connection, chunk: &Chunk) -> rusqlite::Result<rusqlite::CachedStatement<'d>> {
+/// The statement that reads the event with a number.
+fn row_of<'d>(
+    db: &'d Connection,
+    chunk: &Chunk,
+) -> rusqlite::Result<rusqlite::CachedStatement<'d>> {
     db.prepare_cached(&format!("SELECT {COLUMNS} FROM {} WHERE number = ?1", chunk.rows()))
 }
 

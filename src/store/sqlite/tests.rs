@@ -128,6 +128,79 @@ proptest! {
     }
 }
 
+/// The number of parts of the index of each chunk, the oldest chunk first.
+async fn parts(store: &SqliteStore) -> Vec<i64> {
+    let count = |db: &Connection| {
+        let mut chunks = chunk::Chunk::list(db)?;
+        chunks.reverse();
+        let parts = chunks.iter().map(|chunk| {
+            let sql = format!("SELECT count(DISTINCT segid) FROM {}_idx", chunk.words());
+            db.query_row(&sql, [], |row| row.get(0))
+        });
+        parts.collect::<rusqlite::Result<Vec<i64>>>()
+    };
+    store.0.open().expect("is open").history.read(count).await.expect("reads")
+}
+
+#[tokio::test]
+async fn the_index_of_a_full_chunk_becomes_one_part_and_is_left_alone_then() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    // Each call adds a part.
+    for n in 0..24 {
+        append(&store, n..n + 1).await;
+    }
+    assert_eq!(parts(&store).await, [7, 7, 7, 3]);
+    assert!(store.trim(now()).await.expect("trims"), "there is more to do");
+    while store.trim(now()).await.expect("trims") {}
+    assert_eq!(parts(&store).await, [1, 1, 1, 3], "the latest takes events");
+    let all: Vec<i64> = (1..=24).rev().collect();
+    assert_eq!(numbers(&store, &by_text("the")).await, all);
+    assert_eq!(numbers(&store, &by_text("11th")).await, [12]);
+    let open = store.0.open().expect("is open");
+    let commits = *open.history.commits().borrow();
+    assert!(!store.trim(now()).await.expect("trims"), "there is nothing to do");
+    let version = async || {
+        let read = |db: &Connection| {
+            db.query_row("SELECT sum(length(block)) + max(id) FROM word_1_data", [], |row| {
+                row.get::<_, i64>(0)
+            })
+        };
+        open.history.read(read).await.expect("reads")
+    };
+    let before = version().await;
+    append(&store, 24..30).await;
+    while store.trim(now()).await.expect("trims") {}
+    assert!(*open.history.commits().borrow() > commits);
+    assert_eq!(version().await, before, "a part alone is not written again");
+    assert_eq!(parts(&store).await[..4], [1; 4]);
+    drop(open);
+    store.close(true).await;
+    // A file of a version that left its chunks as they were.
+    let db = Connection::open(dir.path().join(HISTORY_FILE)).expect("opens");
+    db.execute("DELETE FROM meta WHERE key IN ('packed', 'packing')", []).expect("deletes");
+    drop(db);
+    let store = start(config(dir.path())).await;
+    while store.trim(now()).await.expect("trims") {}
+    assert_eq!(parts(&store).await[..4], [1; 4]);
+    assert_eq!(numbers(&store, &by_text("11th")).await, [12]);
+}
+
+#[tokio::test]
+async fn an_index_is_not_written_again_while_the_disk_is_almost_full() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    for n in 0..10 {
+        append(&store, n..n + 1).await;
+    }
+    store.0.state.send_modify(|state| state.history = HistoryState::Stopped("full".to_owned()));
+    assert!(!store.trim(now()).await.expect("trims"));
+    assert_eq!(parts(&store).await, [7, 3]);
+    store.0.state.send_modify(|state| state.history = HistoryState::Open);
+    while store.trim(now()).await.expect("trims") {}
+    assert_eq!(parts(&store).await, [1, 3]);
+}
+
 #[tokio::test]
 async fn an_event_comes_back_as_it_was_added() {
     let dir = tempfile::tempdir().expect("a directory");
