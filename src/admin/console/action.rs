@@ -226,3 +226,21 @@ pub(super) fn request_of(form: &Form) -> Result<String, Refusal> {
     }
     Err(Refusal::bad("the form has no key of its own; load its page again"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            page::testing::{HOSTILE, body, is_inert},
+            session,
+        },
+        *,
+    };
+
+    #[tokio::test]
+    async fn the_reason_why_an_action_was_not_done_is_inert() {
+        let (session, refusal) = (session::of_admin(), Refusal::bad(HOSTILE));
+        let page = not_done(&session, Place::Replays, &refusal, "/console/replays");
+        is_inert(&body(page).await, 1);
+    }
+}

@@ -301,3 +301,16 @@ fn elsewhere(origin: &str) -> Response {
         },
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::page::testing::{HOSTILE, body, is_inert},
+        *,
+    };
+
+    #[tokio::test]
+    async fn the_reason_why_a_form_was_not_taken_is_inert() {
+        is_inert(&body(not_taken(&Refusal::bad(HOSTILE))).await, 1);
+    }
+}

@@ -175,3 +175,19 @@ fn remembered(history: &HistoryHealth) -> Markup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::page::testing::{HOSTILE, is_inert},
+        *,
+    };
+
+    #[test]
+    fn what_an_inspection_found_is_inert() {
+        let mut finding = Finding::ok(HOSTILE, HOSTILE);
+        finding.risk = Some(HOSTILE.to_owned());
+        finding.remedy = Some(HOSTILE.to_owned());
+        is_inert(&row(&finding).into_string(), 4);
+    }
+}

@@ -366,15 +366,45 @@ pub(super) fn reach(reach: &Reach, what: &str) -> Markup {
 }
 
 #[cfg(test)]
+pub(super) mod testing {
+    use axum::response::Response;
+
+    /// A stranger's text that no page may have as it is.
+    pub(in super::super) const HOSTILE: &str = "<script>alert(1)</script>\u{202e}\"'";
+
+    /// Checks that a page shows a [`HOSTILE`] text that many times, and only inert.
+    pub(in super::super) fn is_inert(page: &str, times: usize) {
+        assert_eq!(page.matches("&lt;script&gt;alert(1)&lt;/script&gt;").count(), times, "{page}");
+        assert!(!page.contains("<script>alert") && !page.contains('\u{202e}'), "{page}");
+    }
+
+    pub(in super::super) async fn body(response: Response) -> String {
+        let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+        String::from_utf8(bytes.to_vec()).expect("UTF-8")
+    }
+}
+
+#[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        testing::{HOSTILE, body, is_inert},
+        *,
+    };
+    use crate::admin::console::session;
+
+    #[tokio::test]
+    async fn the_reason_of_a_refusal_is_inert() {
+        let (session, title) = (session::of_admin(), "Replays".to_owned());
+        let page = Page { session: &session, place: Place::Replays, title, refresh: None };
+        let refusal = Refusal::new(StatusCode::NOT_FOUND, HOSTILE.to_owned());
+        is_inert(&body(page.refused(&refusal)).await, 1);
+    }
 
     #[test]
     fn what_strangers_wrote_is_inert() {
-        let hostile = "<script>alert(1)</script>\u{202e}\"'";
-        let found = html! { a title=(text(hostile)) href=(path_to("/console/x", "../y?z#é")) { (text(hostile)) } }
+        let found = html! { a title=(text(HOSTILE)) href=(path_to("/console/x", "../y?z#é")) { (text(HOSTILE)) } }
             .into_string();
-        assert!(!found.contains("<script") && !found.contains('\u{202e}'), "{found}");
+        is_inert(&found, 2);
         assert!(found.contains("\\u{202e}") && found.contains("&quot;"), "{found}");
         assert!(found.contains("/console/x/..%2Fy%3Fz%23%C3%A9"), "{found}");
         let long = short(&"é".repeat(1000));

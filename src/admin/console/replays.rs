@@ -134,3 +134,43 @@ fn row(session: &Session, one: &Replay) -> Markup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            page::testing::{HOSTILE, is_inert},
+            session,
+        },
+        *,
+    };
+    use crate::admin::view::Time;
+
+    #[test]
+    fn the_texts_of_a_replay_are_inert() {
+        let (hostile, at) = (|| HOSTILE.to_owned(), Time(std::time::SystemTime::UNIX_EPOCH));
+        let replay = Replay {
+            id: hostile(),
+            subscriber: hostile(),
+            state: "failed".to_owned(),
+            why: Some(hostile()),
+            by: hostile(),
+            created_at: at,
+            changed_at: at,
+            since: Some(at),
+            until: None,
+            events: Some(hostile()),
+            rate: None,
+            rows: 0,
+            read: 0,
+            matched: 0,
+            enqueued: 0,
+            unusable: 0,
+            batches: 0,
+            unfinished: 0,
+            missing: 0,
+            start_from: false,
+        };
+        is_inert(&row(&session::of_admin(), &replay).into_string(), 5);
+    }
+}

@@ -149,6 +149,14 @@ fn tag(token: &Token, usage: &[u8], text: &[u8]) -> [u8; 32] {
     mac(token, usage, text).finalize().into_bytes().into()
 }
 
+/// The session of an administrator.
+#[cfg(test)]
+pub(super) fn of_admin() -> Session {
+    let secret = crate::crypto::secret::Secret::new("0123456789abcdef");
+    let token = Token { name: "admin".into(), secret, role: Role::Admin };
+    begin(&token, Reach::Any).0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

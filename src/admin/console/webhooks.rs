@@ -275,7 +275,7 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
                 @if let Some(n) = lane.in_retry { dt { "Retrying" } dd { a href=(retrying) { (counted(n, "batch(es)")) } @if let Some(at) = lane.next_retry_at { ", next " (time(at)) } } }
                 @if let Some(n) = lane.dead { dt { "Dead letters" } dd { a href=(path_to(Place::DeadLetters.path(), name)) { (number(n)) } } }
                 dt { "Delivered" } dd { (counted(lane.delivered, "event(s)")) " since the daemon started" @if let Some(at) = lane.last_delivered_at { ", last " (time(at)) } }
-                @if let (Some(p50), Some(p99)) = (lane.p50_s, lane.p99_s) { dt { "Answers take" } dd { (words::seconds(p50)) " (median), " (words::seconds(p99)) " (99 of 100)" } }
+                @if let (Some(p50), Some(p99)) = (lane.p50_s, lane.p99_s) { dt { "Answers take" } dd { (words::took(p50)) " (median), " (words::took(p99)) " (99 of 100)" } }
                 @if let Some(error) = &lane.last_error { dt { "Last failure" } dd { (short(&words::failure(error))) ", " (time(error.at)) } }
             }
         }

@@ -78,6 +78,11 @@ pub fn seconds(seconds: f64) -> String {
     rounded(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
+/// The time in which an answer came, in seconds to the millisecond.
+pub fn took(seconds: f64) -> String {
+    if seconds < 0.001 { "less than 1ms".to_owned() } else { self::seconds(seconds) }
+}
+
 /// The time since then.
 pub fn since(at: Time) -> String {
     rounded(at.ago(clock::now()))

@@ -256,7 +256,10 @@ fn row(s: &Subscriber) -> Row {
     let lane = s.lane.as_ref();
     let none = || "-".to_owned();
     let number = |n: Option<u64>| n.map_or_else(none, |n| n.to_string());
-    let seconds = |of: fn(&Lane) -> Option<f64>| lane.and_then(of).map_or_else(none, seconds);
+    let age = lane.and_then(|l| l.oldest_event_age_s).map_or_else(none, seconds);
+    // It is known to the millisecond.
+    let short = |s: f64| if s < 0.001 { "<1ms".to_owned() } else { seconds(s) };
+    let took = |of: fn(&Lane) -> Option<f64>| lane.and_then(of).map_or_else(none, short);
     let share = |n: f64| format!("{:.1}%", n * 100.0);
     [
         visible(&s.subscriber),
@@ -268,9 +271,9 @@ fn row(s: &Subscriber) -> Row {
         number(lane.and_then(|l| l.dead)),
         lane.map_or_else(none, |l| format!("{:.1}", l.delivered_per_s)),
         lane.and_then(|l| l.success_rate).map_or_else(none, share),
-        seconds(|l| l.p50_s),
-        seconds(|l| l.p99_s),
-        seconds(|l| l.oldest_event_age_s),
+        took(|l| l.p50_s),
+        took(|l| l.p99_s),
+        age,
     ]
 }
 
@@ -303,6 +306,7 @@ mod tests {
             "subscribers": [
                 { "subscriber": "a", "state": "ok", "backlog": 3, "in_hand": 1, "in_retry": 0, "next_retry_at": null, "dead": 0,
                   "delivered_per_s": 12.34, "success_rate": 0.995, "p50_s": 0.012, "p99_s": 61.0, "oldest_event_age_s": 3700.5 },
+                { "subscriber": "q", "state": "ok", "delivered_per_s": 1.0, "success_rate": 1.0, "p50_s": 0.0, "p99_s": 0.001 },
                 { "subscriber": "b", "state": "paused", "paused": { "why": "410 \u{1b}[31m", "by": "receiver", "since": "2020-01-01T00:00:00Z" } },
                 { "subscriber": "c", "state": "retrying", "last_error": { "at": "2020-01-01T00:00:00Z", "failure": "status", "status": 503, "cause": null } },
                 { "subscriber": "d", "state": "circuit_open", "circuit": { "state": "open", "until": "2020-01-01T00:00:00Z" },
@@ -322,6 +326,7 @@ mod tests {
             "The queue cannot be used",
             "a           ok",
             "12.3    99.5%  12ms  1m 1s",
+            "1.0   100.0%  <1ms    1ms",
             "1h 2m",
             "paused by receiver: 410 \\u{1b}[31m",
             "waiting for an answer, ",
