@@ -23,17 +23,20 @@ impl BatchId {
         Self(clock::batch_id())
     }
 
-    /// The id of the first attempt of these events of a log, each with its number there, its time
-    /// and its print: who sends the same ones again, after a crash, sends them under the same id.
+    /// The id of the first attempt of these events of a log in this `form`, each with its number
+    /// there, its time and its print: who sends the same ones again, after a crash, sends them under the same id.
     /// The times and prints keep the ids of a log that was restored or begun anew apart from those
     /// before.
     pub fn of_events(
         subscriber: &str,
+        form: &str,
         events: impl IntoIterator<Item = (u64, Option<SystemTime>, Print)>,
     ) -> Self {
         let mut hash = Sha256::new();
-        hash.update((subscriber.len() as u64).to_be_bytes());
-        hash.update(subscriber);
+        for text in [subscriber, form] {
+            hash.update((text.len() as u64).to_be_bytes());
+            hash.update(text);
+        }
         for (number, at, print) in events {
             let since = at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
             hash.update(number.to_be_bytes());
@@ -170,7 +173,7 @@ mod tests {
     fn the_same_events_of_a_log_have_the_same_id_and_others_another() {
         let at = |millis| Some(SystemTime::UNIX_EPOCH + Duration::from_millis(millis));
         let events = [(7, at(1), Print::of(b"a")), (9, at(1), Print::of(b"b"))];
-        let id = |events: &[_]| BatchId::of_events("s", events.iter().copied());
+        let id = |events: &[_]| BatchId::of_events("s", "f", events.iter().copied());
         let of_these = id(&events);
         assert_eq!(id(&events), of_these);
         assert_eq!(of_these.as_str().len(), BatchId::random().as_str().len());
@@ -187,7 +190,9 @@ mod tests {
         ] {
             assert_ne!(id(&others), of_these, "{others:?}");
         }
-        assert_ne!(BatchId::of_events("t", events), of_these);
+        for (subscriber, form) in [("t", "f"), ("s", "g"), ("sf", "")] {
+            assert_ne!(BatchId::of_events(subscriber, form, events), of_these);
+        }
     }
 
     #[test]

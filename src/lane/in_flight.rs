@@ -13,7 +13,7 @@ use crate::{
     config::Subscriber,
     delivery::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
-        Print, SubscriberName,
+        Print,
     },
     policy::{
         circuit_breaker::Begun,
@@ -128,7 +128,7 @@ pub(super) fn first_attempt(
     );
     let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
     let batch = Batch {
-        id: id_of(&subscriber.name, &events, &prints),
+        id: id_of(subscriber, &events, &prints),
         body: format.splice(events.iter().map(|e| &e.event.body[..]), bytes).into(),
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
@@ -143,12 +143,18 @@ pub(super) fn first_attempt(
     InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
 }
 
-fn id_of(subscriber: &SubscriberName, events: &[Admitted], prints: &[Print]) -> BatchId {
+fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> BatchId {
     let numbers: Option<Vec<u64>> = events.iter().map(|e| e.event.number).collect();
     let Some(numbers) = numbers else { return BatchId::random() };
     let times = events.iter().map(|e| e.event.published_at);
     let all = numbers.into_iter().zip(times).zip(prints);
-    BatchId::of_events(subscriber, all.map(|((number, at), print)| (number, at, *print)))
+    let ids = if subscriber.event_ids { "with ids" } else { "" };
+    let form = format!("{} {ids}", subscriber.format.content_type());
+    BatchId::of_events(
+        &subscriber.name,
+        &form,
+        all.map(|((number, at), print)| (number, at, *print)),
+    )
 }
 
 /// The time of a field `timestamp`; `None` if it is beyond every clock.

@@ -19,7 +19,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 use super::{
     EmbeddedQueue, from_millis,
-    head::{Head, Pulled},
+    head::{Head, Offered, Pulled},
     is_for,
     keep::Keeper,
     millis, newest, parse_patterns,
@@ -590,16 +590,16 @@ impl Source {
         self.head.pull(&self.shared, seen, room, |position, stored| {
             let taken = &mut *position.0;
             if taken.ahead.iter().any(|run| run.contains(&stored.seq)) {
-                return true;
+                return Offered::Known;
             }
             let has_room = into.len() - before < max && taken.events.len() < window;
             if !has_room || !taken.held().allows(stored.body.len()) {
-                return false;
+                return Offered::Refused;
             }
             let event = stored.to_event();
             taken.take(&event);
             into.push(Taken::Event(event));
-            true
+            Offered::Taken
         })
     }
 
@@ -882,6 +882,23 @@ impl queue::Settler for Settler {
                 return Ok(());
             }
         }
+        // A task of its own: who is dropped meanwhile knows nothing of what is stored all the same, and
+        // the next write of how far the lane is would undo that.
+        tokio::spawn(shared.clone().settle(events, envelopes, settlement))
+            .await
+            .unwrap_or_else(|e| Err(SettleError::Unconfirmed(e.to_string())))
+    }
+}
+
+impl Shared {
+    /// Stores a settlement, and how far the lane is with it.
+    async fn settle(
+        self: Arc<Self>,
+        events: BTreeSet<i64>,
+        envelopes: Vec<i64>,
+        settlement: Settlement,
+    ) -> Result<(), SettleError> {
+        let shared = &*self;
         let _writing = shared.writing.lock().await;
         let reached = shared.taken().reached(&events);
         let (subscriber, stored) = (shared.subscriber.clone(), reached.clone());

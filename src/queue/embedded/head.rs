@@ -106,6 +106,16 @@ enum Place {
     Before(i64),
 }
 
+/// What a lane does with an event that is for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offered {
+    Taken,
+    /// It was settled in an earlier session.
+    Known,
+    /// There is no room for it.
+    Refused,
+}
+
 /// What a lane has got of the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pulled {
@@ -175,7 +185,7 @@ impl Head {
         lane: &Shared,
         seen: Option<u64>,
         room: bool,
-        mut take: impl FnMut(&mut Position<'_>, &Stored) -> bool,
+        mut take: impl FnMut(&mut Position<'_>, &Stored) -> Offered,
     ) -> Pulled {
         let mut state = self.state();
         let state = &mut *state;
@@ -202,10 +212,10 @@ impl Head {
         let is_offered = wants.behind == Behind::Offered;
         let mut took = false;
         let mut of_it = |position: &mut Position<'_>, passed: &Passed| {
-            let is_for_it = passed.owners.binary_search(&owner).is_ok();
-            let refused = is_for_it && !take(position, &passed.event);
-            took |= is_for_it;
-            refused.then_some(passed.event.seq)
+            passed.owners.binary_search(&owner).ok()?;
+            let offered = take(position, &passed.event);
+            took |= offered == Offered::Taken;
+            (offered == Offered::Refused).then_some(passed.event.seq)
         };
         let mut at = at;
         if is_offered && let Some(offer) = &state.offer {
@@ -289,7 +299,7 @@ impl Head {
 
     pub(super) fn push(&self, read: Read) {
         let mut state = self.state();
-        if !state.segments.is(&read.segments) {
+        if !Arc::ptr_eq(&state.segments, &read.segments) {
             state.change(read.segments);
         }
         // Before the events: a lane takes none before it has looked.
@@ -337,7 +347,7 @@ impl Head {
         let mut state = self.state();
         let state = &mut *state;
         // The other reader alone goes on to other segments.
-        if !state.segments.is(&read.segments) {
+        if !Arc::ptr_eq(&state.segments, &read.segments) {
             let indexes: Vec<_> =
                 read.segments.names().iter().map(|name| state.segments.index(name)).collect();
             read.events.iter_mut().for_each(|passed| passed.renumber(&indexes));
@@ -534,6 +544,7 @@ impl State {
 pub(super) mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
+    use rusqlite::Connection;
     use tokio::sync::watch;
 
     use super::*;
@@ -545,6 +556,7 @@ pub(super) mod tests {
             Window,
             embedded::{
                 EmbeddedQueue, Settler, Source, backlogs,
+                consumer::set_cursor,
                 ring::EVENT_COST,
                 tests::{WINDOW, batch, config, publish, subscribers, until},
             },
@@ -923,7 +935,7 @@ pub(super) mod tests {
         }
         // By itself each would have read 4,000 events for its 1,000.
         let passes = queue.0.head.state().passes;
-        assert!(passes < 100, "{passes} passes");
+        assert!((1..100).contains(&passes), "{passes} passes");
     }
 
     #[tokio::test]
@@ -992,6 +1004,73 @@ pub(super) mod tests {
             let receipts = take(&mut source).await;
             assert_eq!(receipts.iter().map(|r| r.tag).collect::<Vec<_>>(), [7], "{name}");
         }
+    }
+
+    #[tokio::test]
+    async fn events_go_to_their_subscribers_also_by_segments_of_one_version_that_are_fewer() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let of_a = |pattern| subscribers(&[("a", pattern), ("b", "y")]);
+        queue.prepare(&of_a("x")).await.expect("prepares");
+        publish(&queue, "x", 1).await;
+        let both = of_a("z");
+        queue.prepare(&both).await.expect("prepares");
+        let read = async || {
+            let new = |db: &Connection| Segments::default().changed(db);
+            Arc::new(queue.store().read(new).await.expect("reads").expect("are others"))
+        };
+        let before = read().await;
+        queue.0.head.start(0);
+        let read_with = |segments: &Arc<Segments>, seqs: &[i64]| {
+            let event = |seq: &i64| {
+                let event_type = if *seq % 2 == 0 { "y" } else { "z" };
+                let owners = segments.owners(*seq, event_type, None);
+                Passed { owners, event: Stored::numbered(*seq) }
+            };
+            let events: Vec<_> = seqs.iter().map(event).collect();
+            let (segments, upto) = (segments.clone(), *seqs.last().expect("is not empty"));
+            Read { segments, events, upto, more: false, retried: Vec::new(), last_retry: 0 }
+        };
+        queue.0.head.push(read_with(&before, &[2]));
+        let (mut a, _settler) = queue.open(&both[0], WINDOW).await.expect("opens");
+        let (mut b, _) = queue.open(&both[1], WINDOW).await.expect("opens");
+        // It is done with its closed segment, which was the first one.
+        let done = |db: &Connection| set_cursor(db, "a", 1);
+        queue.store().write(done).await.expect("writes");
+        let fewer = read().await;
+        assert!(before.index("a") == Some(0) && fewer.index("a") == Some(1));
+        queue.0.head.push(read_with(&fewer, &[3, 4]));
+        let taken = async |source: &mut Source| {
+            take(source).await.iter().map(|receipt| receipt.tag).collect::<Vec<_>>()
+        };
+        assert_eq!((taken(&mut a).await, taken(&mut b).await), (vec![3], vec![2, 4]));
+    }
+
+    #[tokio::test]
+    async fn who_has_settled_all_of_a_part_of_the_log_before_goes_on_behind_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let a = subscribers(&[("a", "x")]);
+        let (queue, _stop) = running(&dir, &a);
+        queue.0.head.state().memory = 20 * EVENT_COST;
+        queue.prepare(&a).await.expect("prepares");
+        for _ in 0..4 {
+            publish(&queue, "x", 1000).await;
+        }
+        until("all is read", async || queue.0.head.progress().0 == 4000).await;
+        let ahead = "INSERT INTO ahead VALUES ('a', 2, 3500)";
+        queue.store().write(move |db| db.execute_batch(ahead)).await.expect("writes");
+        let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+        let first = take(&mut source).await;
+        assert_eq!(first.iter().map(|r| r.tag).collect::<Vec<_>>(), [1]);
+        settle(&settler, first).await;
+        let mut seen = Vec::new();
+        while seen.len() < 500 {
+            seen.extend(take(&mut source).await.iter().map(|receipt| receipt.tag));
+        }
+        assert_eq!(seen, (3501..=4000).collect::<Vec<u64>>());
+        let state = queue.0.head.state();
+        assert!(state.is_read && state.passes >= 4, "it was read for all");
     }
 
     #[tokio::test]

@@ -177,7 +177,7 @@ fn read_on(
 fn read_part(queue: &EmbeddedQueue, db: &Connection, pass: &Pass) -> rusqlite::Result<Read> {
     let db = db.unchecked_transaction()?;
     let mut read = Read::new(queue.segments(&db)?, pass.after, 0);
-    let is_known = read.segments.is(&pass.segments);
+    let is_known = Arc::ptr_eq(&read.segments, &pass.segments);
     read_events(&db, &mut read, |owners| !is_known || pass.is_for(owners))?;
     Ok(read)
 }

@@ -10,7 +10,9 @@ use crate::{
     event::{Pattern, matcher::Matcher},
 };
 
-/// What the subscribers are to get of the log. A subscriber is known by its index.
+/// What the subscribers are to get of the log. A subscriber is known by its index, which it has in
+/// this object only: another one of the same version may have fewer segments, those that their
+/// subscribers are done with, and so other indexes.
 #[derive(Debug, Default)]
 pub(super) struct Segments {
     /// The number of this state; `None` of what was not read.
@@ -82,10 +84,6 @@ impl Segments {
             self.begun.push(None);
             next
         })
-    }
-
-    pub(super) fn is(&self, other: &Self) -> bool {
-        self.version == other.version
     }
 
     /// The subscribers, by their indexes.
