@@ -278,7 +278,7 @@ async fn inspect_queue(config: &Config) -> Vec<Finding> {
         Backend::Amqp(amqp) => {
             let mut queue = AmqpQueue::new(amqp.clone(), Metrics::new(clock::now()));
             // Without a store of its own there is nothing to compare: no daemon has run here yet.
-            if config.keeps_history()
+            if config.store != StoreConfig::None
                 && let Ok(id) = recorded_id(&config.queue.embedded.data_dir).await
             {
                 queue = queue.with_store(id);

@@ -24,7 +24,7 @@ use super::{
     keys::{self, Key},
     limits::MAX_SHUTDOWN_TIMEOUT,
     reader::Reader,
-    settings::{Backend, Config, Groups, HistoryConfig},
+    settings::{Backend, Config, Groups, HistoryConfig, StoreConfig},
     subscriber::{Origin, Subscriber},
 };
 use crate::{
@@ -129,6 +129,8 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let keeps_history = config.keeps_history();
     if let Backend::Amqp(amqp) = &mut config.queue.backend {
         amqp.keeps_history = keeps_history;
+        amqp.has_store = config.store != StoreConfig::None;
+        amqp.manages = config.admin.manage;
     }
     Some(config)
 }

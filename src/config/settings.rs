@@ -110,6 +110,10 @@ pub struct AmqpConfig {
     pub management_url: Option<Box<SecretUrl>>,
     /// Whether events are kept in history, which has a queue of its own there.
     pub keeps_history: bool,
+    /// Whether this configuration has a store, whose subscribers may be those that count there.
+    pub has_store: bool,
+    /// Whether subscribers are made over the API.
+    pub manages: bool,
 }
 
 /// The source of events.

@@ -179,8 +179,8 @@ impl AmqpQueue {
         DeadLetters::of_orphans(&self.0).await
     }
 
-    /// Names the store of this process, so that an [inspection](Queue::inspect) compares it with the
-    /// one that has history.
+    /// Names the store of this process, so that an [inspection](Queue::inspect) compares it with those
+    /// that have history, and subscribers made over the API.
     #[must_use]
     pub fn with_store(self, store: String) -> Self {
         self.0.history.own.get_or_init(|| store);

@@ -39,8 +39,16 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
     let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
     let backend = url?.map_or(Backend::Embedded, |url| {
         // Known once all tables are read.
-        let keeps_history = false;
-        Backend::Amqp(AmqpConfig { url, intake, prefix, management_url, keeps_history })
+        let (keeps_history, has_store, manages) = (false, false, false);
+        Backend::Amqp(AmqpConfig {
+            url,
+            intake,
+            prefix,
+            management_url,
+            keeps_history,
+            has_store,
+            manages,
+        })
     });
     Some(QueueConfig { backend, embedded })
 }

@@ -65,8 +65,9 @@ pub(super) async fn inspect(
             "hooktrail prune lists them",
         ));
     }
-    if let Err(e) = inspection.history_store(shared).await {
-        inspection.found(Finding::unseen("which store has history", e, "run it again"));
+    if let Err(e) = inspection.stores(shared).await {
+        let about = "which stores have history and subscribers made over the API";
+        inspection.found(Finding::unseen(about, e, "run it again"));
     }
     inspection.at_least_once(seen.as_ref()).await;
     inspection.hold();

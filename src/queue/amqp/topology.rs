@@ -96,6 +96,16 @@ impl Topology {
         self.config.keeps_history
     }
 
+    /// Whether this process has a store, of whichever id.
+    pub(super) fn has_store(&self) -> bool {
+        self.config.has_store
+    }
+
+    /// Whether subscribers are made over the API.
+    pub(super) fn manages(&self) -> bool {
+        self.config.manages
+    }
+
     fn named(&self, rest: &str) -> String {
         format!("{}.{rest}", self.config.prefix)
     }

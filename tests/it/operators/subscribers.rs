@@ -201,6 +201,29 @@ async fn files_win_and_a_reload_removes_no_subscriber_of_the_api(queue: Queue) {
     assert_eq!(got, [0, 1, 1]);
 }
 
+/// Waits until `check --connect` says with this severity whose subscribers made over the API count:
+/// the broker counts the records every few seconds. Returns what it found, and the remedy.
+async fn whose(setup: &Setup, severity: &str) -> [String; 2] {
+    let mut said = Default::default();
+    eventually(&format!("it is {severity}"), async || {
+        let [found_severity, rest @ ..] = inspected(setup);
+        said = rest;
+        found_severity == severity
+    })
+    .await;
+    said
+}
+
+fn inspected(setup: &Setup) -> [String; 3] {
+    let output = setup.run(&["check", "--connect", "--json"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let findings = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let about = json!(["subscribers made over the API"]);
+    let found = findings.into_iter().find(|finding| finding["about"] == about);
+    let found = found.unwrap_or_default();
+    ["severity", "found", "remedy"].map(|key| found[key].as_str().unwrap_or_default().to_owned())
+}
+
 /// Neither has history, or the other one makes no subscribers: that no daemon has claimed history says
 /// nothing of them.
 fn daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store() {
@@ -247,6 +270,12 @@ fn daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store() {
                 );
             }
             assert!(other.stop().await.success());
+            let severity = if other_manages { "harmful" } else { "note" };
+            let [found, remedy] = whose(&other_setup, severity).await;
+            assert!(found.contains("those of another store count on prefix `"), "{found}");
+            assert!(remedy.contains("hooktrail store adopt"), "{remedy}");
+            let [found, _] = whose(&setup, "ok").await;
+            assert_eq!(found, "those of this store count on the prefix");
             let _daemon = setup.start().await;
             broker.publish("user.created", [event(2)]).await;
             accepted(&receiver, &[0, 1, 2]).await;
@@ -256,6 +285,8 @@ fn daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store() {
                 assert!(adopted.contains("are not copied"), "{adopted}");
                 let again = other_setup.ok(&["store", "adopt"]);
                 assert!(again.contains("count already"), "{again}");
+                whose(&other_setup, "ok").await;
+                whose(&setup, "harmful").await;
                 let _other = other_setup.start().await;
                 let made = json!({ "name": "two", "url": receiver.url, "events": ["nothing"] });
                 let answer = send(&its_api, "POST", "", "", &made).await;

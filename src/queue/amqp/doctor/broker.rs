@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::{
     inspection::{AT_ONCE, Inspection},
-    judge::{blocked, product},
+    judge::{OwnStore, blocked, has_history, has_subscribers, product},
 };
 use crate::queue::amqp::{
     broker_error::BrokerError,
@@ -379,29 +379,24 @@ impl Inspection<'_> {
         }
     }
 
-    /// Compares the store of this process, if it is known, with the one that has history by the
-    /// state stream.
-    pub(super) async fn history_store(&mut self, shared: &Shared) -> Result<(), QueueError> {
-        let Some(own) = shared.history.own.get() else { return Ok(()) };
-        if !self.topology.keeps_history() {
-            return Ok(());
-        }
+    /// Compares the store of this process, as far as it is known, with those that have history and
+    /// subscribers made over the API by the state stream.
+    pub(super) async fn stores(&mut self, shared: &Shared) -> Result<(), QueueError> {
         let Some(record) = shared.broker().depth(&self.topology.state()).await? else {
             return Ok(());
         };
-        let inspected =
+        let (recorded, _) =
             state_stream::inspected(self.topology, &shared.declaring, record.messages).await?;
-        let about = "history";
-        self.found(match inspected.0.store {
-            Some(store) if store != *own => Finding::harmful(
-                about,
-                format!("another store has the history of prefix `{}`", self.topology.prefix()),
-            )
-            .risking("this daemon delivers, and keeps no history")
-            .with_remedy("give each daemon a [queue] prefix of its own; or move history here: hooktrail store adopt"),
-            Some(_) => Finding::ok(about, "this store has that of the prefix"),
-            None => Finding::ok(about, "no store has that of the prefix yet"),
-        });
+        let own = match (shared.history.own.get(), self.topology.has_store()) {
+            (Some(own), _) => OwnStore::Is(own),
+            (None, false) => OwnStore::None,
+            // A daemon without history knows no more than whose subscribers count; a command, nothing.
+            (None, true) => OwnStore::Unknown(shared.removals.sharing()),
+        };
+        let prefix = self.topology.prefix();
+        let history = self.topology.keeps_history().then(|| has_history(own, &recorded, prefix));
+        self.findings.extend(history.flatten());
+        self.findings.extend(has_subscribers(own, &recorded, prefix, self.topology.manages()));
         Ok(())
     }
 

@@ -6,12 +6,13 @@ use serde_json::Value;
 
 use crate::queue::amqp::{
     management::Node,
+    record::Recorded,
     topology::{DELIVERY_LIMIT, DESCRIPTORS_PER_QUEUE, QueueRole},
 };
 use crate::{
     config::Subscriber,
     crypto::secret::SecretUrl,
-    queue::Window,
+    queue::{Sharing, Window},
     telemetry::finding::{Finding, Severity},
 };
 
@@ -205,10 +206,115 @@ fn judge_consumer_timeout(limit: Duration, unsettled: Unsettled) -> Option<(Seve
     Some((severity, risk))
 }
 
+/// The store of this process.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum OwnStore<'a> {
+    Is(&'a str),
+    /// It has none.
+    None,
+    /// Its id is not known, but perhaps whose subscribers count.
+    Unknown(Sharing),
+}
+
+/// Judges which store has history, by the record.
+pub(super) fn has_history(own: OwnStore<'_>, recorded: &Recorded, prefix: &str) -> Option<Finding> {
+    let OwnStore::Is(own) = own else { return None };
+    let about = "history";
+    Some(match &recorded.store {
+        Some(store) if store != own => {
+            Finding::harmful(about, format!("another store has the history of prefix `{prefix}`"))
+                .risking("this daemon delivers, and keeps no history")
+                .with_remedy("give each daemon a [queue] prefix of its own; or move history here: hooktrail store adopt")
+        }
+        Some(_) => Finding::ok(about, "this store has that of the prefix"),
+        None => Finding::ok(about, "no store has that of the prefix yet"),
+    })
+}
+
+/// Judges which store's subscribers made over the API count, by the record. A daemon that `manages`
+/// leaves them to the store of history where none has any yet.
+pub(super) fn has_subscribers(
+    own: OwnStore<'_>,
+    recorded: &Recorded,
+    prefix: &str,
+    manages: bool,
+) -> Option<Finding> {
+    let about = "subscribers made over the API";
+    let of_history = recorded.store.as_ref().filter(|_| manages);
+    let Some(owner) = recorded.manager.as_ref().or(of_history) else {
+        return manages.then(|| Finding::ok(about, "no store has any for the prefix yet"));
+    };
+    let is_own = match own {
+        OwnStore::Is(own) => own == owner,
+        OwnStore::None | OwnStore::Unknown(Sharing::Elsewhere) => false,
+        OwnStore::Unknown(_) => return None,
+    };
+    if is_own {
+        return Some(Finding::ok(about, "those of this store count on the prefix"));
+    }
+    let found = match &recorded.manager {
+        Some(_) => format!("those of another store count on prefix `{prefix}`"),
+        None => format!(
+            "they are left to the store that has the history of prefix `{prefix}`, which is another one"
+        ),
+    };
+    let finding = match manages {
+        true => Finding::harmful(about, found)
+            .risking("this daemon changes none, and unbinds nobody: what is removed from its files goes on getting events"),
+        // Another daemon manages them, which may be meant.
+        false => Finding::note(about, found)
+            .risking("this daemon unbinds nobody: what is removed from its files goes on getting events until the daemon of that store unbinds it"),
+    };
+    let own_prefix = "give each daemon a [queue] prefix of its own";
+    Some(finding.with_remedy(match own {
+        OwnStore::None => format!("{own_prefix}; or change them with the daemon of that store"),
+        _ => format!(
+            "{own_prefix}; or change them with the daemon of that store; or have those of this store count: hooktrail store adopt (it copies none: hooktrail subscribers export first)"
+        ),
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn the_store_whose_subscribers_count_is_named_with_what_to_do_about_another_one() {
+        use Severity::{Harmful, Note, Ok};
+        let store = |id: &str| (!id.is_empty()).then(|| id.to_owned());
+        let (own, none) = (OwnStore::Is("own"), OwnStore::None);
+        let unknown = OwnStore::Unknown;
+        for (own, manager, history, manages, expected) in [
+            (own, "own", "other", true, Some((Ok, "this store count"))),
+            (own, "other", "own", true, Some((Harmful, "another store count on prefix `p`"))),
+            (own, "other", "own", false, Some((Note, "another store count on prefix `p`"))),
+            // They are left to the store of history.
+            (own, "", "other", true, Some((Harmful, "the history of prefix `p`"))),
+            (own, "", "own", true, Some((Ok, "this store count"))),
+            (own, "", "", true, Some((Ok, "no store has any"))),
+            (own, "", "other", false, None),
+            (none, "other", "", false, Some((Note, "another store count"))),
+            (none, "", "other", false, None),
+            // A daemon without history has found out; a command knows no store yet.
+            (unknown(Sharing::Elsewhere), "other", "", true, Some((Harmful, "another store"))),
+            (unknown(Sharing::Alone), "other", "", true, None),
+        ] {
+            let recorded =
+                Recorded { store: store(history), manager: store(manager), ..Recorded::default() };
+            let case = format!("{own:?}, of `{manager}`, history of `{history}`, {manages}");
+            let found = has_subscribers(own, &recorded, "p", manages);
+            let severity = found.as_ref().map(|found| found.severity);
+            assert_eq!(severity, expected.map(|(severity, _)| severity), "{case}");
+            let (Some(found), Some((severity, says))) = (found, expected) else { continue };
+            assert!(found.found.contains(says), "{case}: {found:?}");
+            let remedy = found.remedy.unwrap_or_default();
+            let is_other = severity != Ok;
+            assert_eq!(remedy.contains("[queue] prefix"), is_other, "{case}: {remedy}");
+            let may_adopt = is_other && !matches!(own, OwnStore::None);
+            assert_eq!(remedy.contains("hooktrail store adopt"), may_adopt, "{case}: {remedy}");
+        }
+    }
 
     #[test]
     fn a_broker_that_is_too_old_is_harmful_and_another_product_is_a_warning() {
