@@ -193,7 +193,7 @@ impl History {
                 )));
             }
         };
-        shared.history.consumes(lease.channel.status().clone(), asked);
+        shared.history.consumes(connection.borrowed(), lease.channel.status().clone(), asked);
         tracing::debug!(queue, prefetch, ready, "history consumes its queue");
         Ok(Self {
             shared: shared.clone(),

@@ -17,13 +17,14 @@ use tokio::{
 
 use super::{
     history_state::QueueState,
+    pool::Quarantine,
     record::Lack,
     requests::Broker,
     restore::INTERVAL,
     shared::Shared,
     state_stream,
     topology::Topology,
-    unusable::{Unusable, try_on, try_once},
+    unusable::{try_consume, try_once},
 };
 use crate::{
     clock,
@@ -46,8 +47,23 @@ const GIVEN_UP: Duration = Duration::from_secs(30);
 /// Shortest time between two trials of a queue that is bound.
 const SOONEST: Duration = Duration::from_secs(5);
 
-/// What the outage is called.
+/// What the outage of the queue is called, and that of trying it.
 const ABOUT: &str = "the queue of history";
+const TRYING: &str = "trying the queue of history";
+
+/// Why the queue is not kept as it should be.
+enum Failed {
+    Queue(QueueError),
+    /// It could not be asked about or tried, which says nothing of it: the broker limits connections
+    /// and channels.
+    Untried(QueueError),
+}
+
+impl From<QueueError> for Failed {
+    fn from(e: QueueError) -> Self {
+        Self::Queue(e)
+    }
+}
 
 /// Keeps the queue of history bound while this daemon has history, and unbinds it when it cannot be
 /// used; deletes it where no history is configured.
@@ -59,6 +75,7 @@ pub(super) async fn keep(shared: &Shared) {
         }
         return;
     }
+    let mut trying = ReportedOutage::new(TRYING, Harms::History, &shared.troubles);
     let mut keeper = Keeper::new(shared);
     let mut wanted = shared.history.wanted.subscribe();
     let mut lack = shared.history.recorded_lack.subscribe();
@@ -69,6 +86,7 @@ pub(super) async fn keep(shared: &Shared) {
         let again = async {
             match &checked {
                 Ok(()) => {
+                    trying.recovered();
                     keeping.recovered();
                     tokio::select! {
                         () = shared.history.suspected.notified() => {
@@ -78,7 +96,17 @@ pub(super) async fn keep(shared: &Shared) {
                         () = sleep(INTERVAL) => {}
                     }
                 }
-                Err(e) => keeping.failed(e).await,
+                // History goes on all the same, and lacks nothing.
+                Err(Failed::Untried(error)) if shared.history.is_consuming() => {
+                    trying.end();
+                    tracing::debug!(%error, "the queue of history cannot be tried, and is consumed");
+                    sleep(SOONEST).await;
+                }
+                Err(Failed::Untried(e)) => trying.failed(e).await,
+                Err(Failed::Queue(e)) => {
+                    trying.recovered();
+                    keeping.failed(e).await;
+                }
             }
         };
         tokio::select! {
@@ -145,8 +173,9 @@ impl<'a> Keeper<'a> {
 
     /// Tries the queue, and unbinds it if it cannot be used. If it `is_wanted`, declares it where it
     /// is missing, and binds it as soon as it is sound and old enough.
-    async fn check(&mut self, is_wanted: bool) -> Result<(), QueueError> {
+    async fn check(&mut self, is_wanted: bool) -> Result<(), Failed> {
         let mut broker = self.shared.broker();
+        broker.ready().await.map_err(Failed::Untried)?;
         if !is_wanted {
             self.unbound();
             // Another daemon may have bound it.
@@ -216,7 +245,7 @@ impl<'a> Keeper<'a> {
 
     /// Tries the queue, unless it was found sound and no connection was made since: then the broker
     /// was not restarted.
-    async fn try_if_reconnected(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+    async fn try_if_reconnected(&mut self, broker: &mut Broker<'_>) -> Result<(), Failed> {
         if self.tried != Some(self.shared.dialer.connects()) {
             self.tried = None;
             self.try_queue(broker).await?;
@@ -225,27 +254,30 @@ impl<'a> Keeper<'a> {
         Ok(())
     }
 
-    async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+    async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), Failed> {
         let (queue, began) = (self.topology.history(), clock::instant());
         let history = &self.shared.history;
-        let connection = match self.shared.consuming.for_history().await {
-            Ok(connection) => connection,
-            // What takes from it has the only connection that history may have.
+        // What takes from it may have the only connection that history may have.
+        let (connection, is_shared) = match self.shared.consuming.for_history().await {
+            Ok(connection) => (connection, false),
             Err(_) if self.is_bound && history.is_consumed() => return Ok(()),
-            // That says nothing of the queue.
-            Err(e) => return Err(e),
+            Err(e) => match history.connection().filter(|_| self.is_bound) {
+                Some(connection) => (connection, true),
+                None => return Err(Failed::Untried(e)),
+            },
         };
-        let why = match timeout(TRIAL, try_on(&connection, &queue)).await {
-            Ok(Ok(Ok(()))) => {
+        let why = match tried(&connection, &queue).await? {
+            Ok(()) => {
                 self.broken = None;
                 history.tried(began);
+                tracing::debug!(queue, is_shared, "the queue of history can be used");
                 // It may be the only one for which there is room.
-                connection.close().await;
+                if !is_shared {
+                    connection.close().await;
+                }
                 return Ok(());
             }
-            Ok(Err(e)) => return Err(e),
-            Ok(Ok(Err(unusable))) => unusable_because(&unusable),
-            Err(_) => format!("the broker does not answer within {} s", TRIAL.as_secs()),
+            Err(why) => why,
         };
         self.topology.unbind_history(broker).await?;
         if std::mem::take(&mut self.is_bound) {
@@ -267,9 +299,9 @@ impl<'a> Keeper<'a> {
                 "the queue of history cannot be used: it is deleted and redeclared"
             );
         }
-        Err(QueueError::new(format!(
+        Err(Failed::Queue(QueueError::new(format!(
             "queue `{queue}` cannot be consumed: {why}; events are not kept meanwhile"
-        )))
+        ))))
     }
 
     /// Whether another queue can be used: otherwise a node is missing, and what is in the queue may
@@ -298,6 +330,15 @@ impl<'a> Keeper<'a> {
     }
 }
 
-fn unusable_because(unusable: &Unusable) -> String {
-    unusable.why.to_string()
+/// Tries whether the queue can be consumed; the inner error is why it cannot.
+async fn tried(connection: &Quarantine, queue: &str) -> Result<Result<(), String>, Failed> {
+    let silent = || format!("the broker does not answer within {} s", TRIAL.as_secs());
+    let lease = match timeout(TRIAL, connection.lease()).await {
+        Ok(leased) => leased.map_err(Failed::Untried)?,
+        Err(_) => return Err(Failed::Untried(QueueError::new(silent()))),
+    };
+    Ok(match timeout(TRIAL, try_consume(&lease, queue)).await {
+        Ok(tried) => tried.map_err(|unusable| unusable.why.to_string()),
+        Err(_) => Err(silent()),
+    })
 }

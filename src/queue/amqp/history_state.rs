@@ -8,7 +8,11 @@ use std::{
 use lapin::ChannelStatus;
 use tokio::sync::{Notify, watch};
 
-use super::{prefetch::Sizes, record::Lack};
+use super::{
+    pool::{Borrowed, Quarantine},
+    prefetch::Sizes,
+    record::Lack,
+};
 use crate::{clock, store::Gap};
 
 /// The queue of history, as this daemon knows it.
@@ -47,6 +51,7 @@ pub(super) struct HistoryState {
 /// How this process takes from the queue.
 #[derive(Debug)]
 struct Consuming {
+    connection: Borrowed,
     channel: ChannelStatus,
     /// The queue has answered, or delivered something, later than that.
     answered: Instant,
@@ -73,8 +78,8 @@ impl HistoryState {
 
     /// This process takes from the queue, until the channel or the consumer ends. It began to ask
     /// for that at this time.
-    pub(super) fn consumes(&self, channel: ChannelStatus, answered: Instant) {
-        *self.consumer() = Some(Consuming { channel, answered });
+    pub(super) fn consumes(&self, connection: Borrowed, channel: ChannelStatus, answered: Instant) {
+        *self.consumer() = Some(Consuming { connection, channel, answered });
     }
 
     /// The queue has delivered something later than that.
@@ -96,6 +101,18 @@ impl HistoryState {
         self.consumer().as_ref().is_some_and(|consuming| {
             consuming.channel.connected() && suspected.is_none_or(|at| consuming.answered > at)
         })
+    }
+
+    /// Whether this process takes from the queue, on a channel that the broker has not ended.
+    pub(super) fn is_consuming(&self) -> bool {
+        self.connection().is_some()
+    }
+
+    /// The connection on which it does.
+    pub(super) fn connection(&self) -> Option<Quarantine> {
+        let consumer = self.consumer();
+        let consuming = consumer.as_ref().filter(|consuming| consuming.channel.connected());
+        consuming.and_then(|consuming| consuming.connection.get())
     }
 
     fn consumer(&self) -> MutexGuard<'_, Option<Consuming>> {

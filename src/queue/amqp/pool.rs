@@ -199,6 +199,17 @@ impl Pool {
 #[derive(Debug)]
 pub(super) struct Quarantine(Arc<Slot>);
 
+/// The same connection for another task, which does not keep it open.
+#[derive(Debug)]
+pub(super) struct Borrowed(Weak<Slot>);
+
+impl Borrowed {
+    /// The connection, while its task has it.
+    pub(super) fn get(&self) -> Option<Quarantine> {
+        self.0.upgrade().map(Quarantine)
+    }
+}
+
 impl Quarantine {
     pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
         self.seat()?.open().await
@@ -206,6 +217,10 @@ impl Quarantine {
 
     pub(super) async fn close(self) {
         close(&self.0.connection).await;
+    }
+
+    pub(super) fn borrowed(&self) -> Borrowed {
+        Borrowed(Arc::downgrade(&self.0))
     }
 
     fn seat(&self) -> Result<Seat, QueueError> {

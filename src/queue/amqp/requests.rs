@@ -99,6 +99,17 @@ impl<'p> Broker<'p> {
         Self { pool, lease: None, declared: Vec::new() }
     }
 
+    /// Takes the channel for the next request, if there is none yet.
+    ///
+    /// # Errors
+    /// The broker opens none, which says nothing of what is to be asked.
+    pub(super) async fn ready(&mut self) -> Result<(), QueueError> {
+        if self.lease.as_ref().is_none_or(|lease| !lease.channel.status().connected()) {
+            self.lease = Some(self.pool.lease().await?);
+        }
+        Ok(())
+    }
+
     /// Takes the queues and exchanges that were declared since the last call.
     pub(super) fn take_declared(&mut self) -> Vec<String> {
         std::mem::take(&mut self.declared)

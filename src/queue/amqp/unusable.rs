@@ -77,21 +77,13 @@ pub(super) async fn usable(
     }
 }
 
-/// Tries once whether a queue can be consumed.
-pub(super) async fn try_on(
-    connection: &Quarantine,
-    queue: &str,
-) -> Result<Result<(), Unusable>, QueueError> {
-    let lease = connection.lease().await?;
-    Ok(try_consume(&lease, queue).await)
-}
-
-/// The same, and closes the connection.
+/// Tries once whether a queue can be consumed, and closes the connection.
 pub(super) async fn try_once(
     connection: Quarantine,
     queue: &str,
 ) -> Result<Result<(), Unusable>, QueueError> {
-    let tried = try_on(&connection, queue).await?;
+    let lease = connection.lease().await?;
+    let tried = try_consume(&lease, queue).await;
     // A broken queue has ended it, or holds up its end.
     if tried.is_ok() {
         connection.close().await;

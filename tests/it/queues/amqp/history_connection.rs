@@ -1,6 +1,11 @@
 //! History's connection under a limit of connections: it gives way to deliveries and intake.
 
-use lapin::options::BasicPublishOptions;
+use std::time::{Duration, Instant};
+
+use lapin::{
+    options::{BasicPublishOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
 use serde_json::Value;
 
 use crate::support::{
@@ -135,5 +140,87 @@ fn under_a_limit_of_connections_history_gives_its_own_to_deliveries_and_waits_fo
             shown["events"].as_array().is_some_and(|events| events.len() == 2)
         })
         .await;
+    });
+}
+
+/// A queue of the exchange that is full: each event is refused, which may be history's queue's doing.
+async fn refusing(broker: &Broker, channel: &lapin::Channel) {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let queue: lapin::types::ShortString = format!("{}.full", broker.prefix).into();
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.clone(), options, arguments).await.expect("declares");
+    let body = event(0);
+    let options = BasicPublishOptions::default();
+    let filling = channel.basic_publish(
+        "".into(),
+        queue.clone(),
+        options,
+        body.as_bytes(),
+        Default::default(),
+    );
+    filling.await.expect("publishes");
+    let exchange = broker.exchange.as_str().into();
+    let (options, none) = (QueueBindOptions::default(), FieldTable::default());
+    channel.queue_bind(queue, exchange, "#".into(), options, none).await.expect("binds");
+}
+
+/// Has the daemon suspect the queue of history until its log says this. Nothing is wrong with that
+/// queue, and history is kept all the while.
+async fn suspected(broker: &Broker, api: &Api, log: impl Fn() -> String, says: &str) {
+    let token = format!("Bearer {TOKEN}");
+    let headers = [("authorization", token.as_str()), ("content-type", "application/json")];
+    let mut published: Option<Instant> = None;
+    eventually(says, async || {
+        // A trial follows within seconds, unless the queue has given an event since.
+        if published.is_none_or(|at| at.elapsed() > Duration::from_secs(10)) {
+            let refused = api.send("POST", "/api/v1/events", &headers, &event(1)).await;
+            assert_eq!(refused.status, 503, "{refused:?}");
+            published = Some(Instant::now());
+        }
+        let log = log();
+        assert!(!log.contains("the queue of history fails"), "{log}");
+        assert_eq!(health(api).await["state"], "kept", "{log}");
+        log.contains(says)
+    })
+    .await;
+    assert!(!connection_of_history(broker).is_empty());
+}
+
+#[test]
+fn a_suspected_queue_that_a_limit_keeps_from_being_tried_is_no_outage_while_history_takes_from_it()
+{
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let setup = Setup::new(
+            &broker,
+            &format!(
+                "{QUICK}{}token = \"{TOKEN}\"\n[log]\nlevel = \"debug\"\n{}",
+                api.section(),
+                subscriber("a", &receiver.url, "")
+            ),
+        );
+        // The daemon's four, of which one is history's, and the producer's.
+        let all = 5;
+        let (_producer, channel) = broker.channel().await;
+        allow(&broker, all);
+        let daemon = setup.start().await;
+        wait_taking(&broker, &api).await;
+        refusing(&broker, &channel).await;
+        // There is no room for another connection: it is tried on history's own.
+        let own = "the queue of history can be used queue=\"";
+        assert!(daemon.log().contains(own), "{}", daemon.log());
+        let history = connection_of_history(&broker);
+        suspected(&broker, &api, || daemon.log(), "is_shared=true").await;
+        assert_eq!(connection_of_history(&broker), history);
+        // There is, and the broker opens no channel on it.
+        allow(&broker, all + 1);
+        ctl(&broker, &["set_user_limits", "guest", r#"{"max-channels":0}"#]);
+        let says = "the queue of history cannot be tried, and is consumed";
+        suspected(&broker, &api, || daemon.log(), says).await;
+        ctl(&broker, &["clear_user_limits", "guest", "all"]);
     });
 }
