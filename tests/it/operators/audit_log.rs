@@ -3,19 +3,14 @@
 use serde_json::Value;
 
 use super::{
-    console::{Browser, HOSTILE, OTHERS, Seen, hostile, links, stage},
+    console::{Browser, HOSTILE, OTHERS, Seen, hostile, hostile_ones, links, stage},
     history::TOKEN,
 };
 use crate::support::{api::Api, eventually, run};
 
 /// Publishes an event for each hostile text, and waits until the page has all.
 async fn hostile_events(api: &Api, browser: &Browser) {
-    let bearer = format!("Bearer {TOKEN}");
-    let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
-    for (n, text) in HOSTILE.iter().enumerate() {
-        let answer = api.send("POST", "/api/v1/events", &headers, &hostile(n, text)).await;
-        assert_eq!(answer.status, 202, "{answer:?}");
-    }
+    api.publish(TOKEN, hostile_ones()).await;
     eventually("all are shown", async || {
         let events = browser.get("/console/events").await.text;
         events.contains(&format!(">{} events from ", HOSTILE.len()))

@@ -215,6 +215,11 @@ pub(super) fn hostile(n: usize, text: &str) -> String {
     event.to_string()
 }
 
+/// An event for each hostile text.
+pub(super) fn hostile_ones() -> impl Iterator<Item = String> {
+    HOSTILE.iter().enumerate().map(|(n, text)| hostile(n, text))
+}
+
 /// A daemon whose receiver answers with each hostile text.
 pub(super) async fn stage(api: &Api, admin: &str) -> (Embedded, Receiver, Setup, Daemon) {
     let queue = Embedded::new();
@@ -240,12 +245,7 @@ fn every_page_is_there_for_who_has_signed_in_and_what_strangers_wrote_is_inert()
         let api = Api::new();
         let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
         let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
-        let bearer = format!("Bearer {TOKEN}");
-        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
-        for (n, text) in HOSTILE.iter().enumerate() {
-            let answer = api.send("POST", "/api/v1/events", &headers, &hostile(n, text)).await;
-            assert_eq!(answer.status, 202, "{answer:?}");
-        }
+        api.publish(TOKEN, hostile_ones()).await;
         let browser = Browser::signed_in(&api, TOKEN).await;
         eventually("all are shown, and their batch is dead", async || {
             let events = browser.get("/console/events").await.text;

@@ -85,6 +85,16 @@ impl Api {
         self.send("POST", path, &[("content-type", "application/json")], body).await
     }
 
+    /// Publishes events over HTTP, one after the other; each is taken.
+    pub(crate) async fn publish(&self, token: &str, events: impl IntoIterator<Item = String>) {
+        let bearer = format!("Bearer {token}");
+        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+        for event in events {
+            let answer = self.send("POST", "/api/v1/events", &headers, &event).await;
+            assert_eq!(answer.status, 202, "{answer:?}");
+        }
+    }
+
     /// The state of a subscriber.
     pub(crate) async fn subscriber(&self, name: &str) -> Value {
         self.get(&format!("/api/v1/subscribers/{name}")).await.json()
