@@ -6,6 +6,7 @@ mod report;
 mod waiting;
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -39,7 +40,7 @@ use super::{
 use crate::{
     clock,
     config::{Subscriber, changes::Changes},
-    delivery::{self, Pause},
+    delivery::{self, Pause, SubscriberName},
     endpoint::test_event,
     queue::{Queue, QueueError},
     store::Store,
@@ -86,7 +87,31 @@ pub(super) struct Control<Q, S> {
     started: Instant,
     /// One read of the waiting batches at a time.
     retrying: Mutex<()>,
+    /// The subscribers that are being made over the API.
+    pub(super) making: Names,
+    pub(super) waits: Waits,
 }
+
+/// The longest times for which a change of subscribers waits for the queue.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Waits {
+    /// A new subscriber, before anything is stored.
+    pub(super) add: Duration,
+    /// Any change, while all others wait for it.
+    pub(super) held: Duration,
+    /// A removal, until its queues can be deleted; it goes on without the client.
+    pub(super) dropping: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        let [add, held, dropping] = [30, 10, 20].map(Duration::from_secs);
+        Self { add, held, dropping }
+    }
+}
+
+/// Subscribers with which something is done now.
+pub(super) type Names = std::sync::Mutex<BTreeSet<SubscriberName>>;
 
 impl FromBody for ChangeRequest {
     const MAX: usize = MAX_REQUEST;
@@ -275,6 +300,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             inspections: Inspections::default(),
             started: clock::instant(),
             retrying: Mutex::default(),
+            making: Names::default(),
+            waits: Waits::default(),
             to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
         }
     }

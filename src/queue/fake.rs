@@ -43,8 +43,10 @@ struct State {
     answers: VecDeque<SettleError>,
     retries: Vec<(Batch, Duration)>,
     opened: usize,
-    /// An inspection never ends.
+    /// It answers no question.
     is_silent: bool,
+    asked: usize,
+    pruned: Vec<SubscriberName>,
     /// The batches that were enqueued and that a test has not taken.
     waiting: BTreeMap<SubscriberName, Vec<Batch>>,
     /// All batches that were enqueued.
@@ -242,6 +244,23 @@ impl Fake {
         self.with(|s| s.is_silent = is_silent);
     }
 
+    async fn answers(&self) {
+        self.with(|s| s.asked += 1);
+        while self.with(|s| s.is_silent) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The number of questions that it answers, or was to answer.
+    pub(crate) fn asked(&self) -> usize {
+        self.with(|s| s.asked)
+    }
+
+    /// Whose queues were deleted.
+    pub(crate) fn pruned(&self) -> Vec<SubscriberName> {
+        self.with(|s| s.pruned.clone())
+    }
+
     /// The sources of history that were opened.
     pub(crate) fn opened_history(&self) -> usize {
         self.with(|s| s.history.opened)
@@ -367,6 +386,7 @@ impl Queue for Fake {
     }
 
     async fn depths(&self, _: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
+        self.answers().await;
         Ok(Depths::default())
     }
 
@@ -374,14 +394,14 @@ impl Queue for Fake {
         self.with(|s| s.bound.clone().ok_or_else(|| QueueError::new("away")))
     }
 
-    async fn prune(&self, _: &SubscriberName, _: bool) -> Result<(), QueueError> {
+    async fn prune(&self, name: &SubscriberName, _: bool) -> Result<(), QueueError> {
+        self.answers().await;
+        self.with(|s| s.pruned.push(name.clone()));
         Ok(())
     }
 
     async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        if self.with(|s| s.is_silent) {
-            std::future::pending::<()>().await;
-        }
+        self.answers().await;
         Ok(Vec::new())
     }
 

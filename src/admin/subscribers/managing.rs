@@ -1,15 +1,20 @@
 //! The changes themselves, for the API and for the console.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 use url::Url;
 
 use crate::{
     admin::{
         answer::Refusal,
-        control::{Control, OPERATOR, queue_fails, to_its_end},
+        control::{Control, Names, OPERATOR, queue_fails, to_its_end},
         guard::Caller,
         versions::Expected,
         view::{
@@ -26,7 +31,7 @@ use crate::{
     delivery::{Pause, PauseState, SubscriberName},
     endpoint::test_event::{self, Example},
     policy::retry::Backoff,
-    queue::{Queue, Sharing},
+    queue::{Queue, QueueError, Sharing},
     store::{NewOperation, Store},
     supervisor::{
         managed::Entry,
@@ -84,9 +89,6 @@ const MAX_OVERLAP: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The most secrets that sign at once: each is a signature in a header.
 const MAX_SECRETS: usize = 4;
 
-/// The longest that a removal waits until its queues can be deleted; it goes on without the client.
-const DROP_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// The shortest and the longest time between two tries.
 const DROP_AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
@@ -105,23 +107,22 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     async fn add_now(&self, by: String, document: Document) -> Result<SubscriberChange, Refusal> {
         let mut document = clean(&document)?;
         let name = named(&document)?;
-        let editing = self.reloader.edit().await;
-        is_free(&editing, &name)?;
+        let _making = self.making(&name)?;
         let secret = needs_secret(&document).then(new_secret);
         if let Some(secret) = &secret {
             document.set("secrets", json!([secret]));
         }
-        let checked = editing.check(&document).map_err(not_valid)?;
-        let most = self.reloader.config().max_subscribers();
-        if editing.count() >= most {
-            let why =
-                format!("there are {most} subscribers, which is the most: [admin] max_subscribers");
-            return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Limit, why));
-        }
-        self.has_no_backlog(checked).await?;
+        // Other changes do not wait for the queue's answers to this one.
+        let checked = self.may_be_added(&self.reloader.edit().await, &name, &document)?;
+        let asked = async {
+            self.has_no_backlog(checked).await?;
+            self.claim().await
+        };
+        in_time(self.waits.add, asked).await?;
+        let editing = self.reloader.edit().await;
+        self.may_be_added(&editing, &name, &document)?;
         let paused = document.take("start_paused") == Some(Value::Bool(true));
-        self.claim().await?;
-        self.begin(&name, paused, &by).await?;
+        in_time(self.waits.held, self.begin(&name, paused, &by)).await?;
         let operation = operation("add_subscriber", &name, by, details(&document, None));
         let put = editing.put(&self.store, &name, document.text(), None, operation).await;
         let stored = put.map_err(|why| {
@@ -134,6 +135,33 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let active_since = stored.is_bound.then(|| Time(clock::now()));
         let secret = secret.map(Into::into);
         Ok(SubscriberChange { active_since, secret, ..change(stored) })
+    }
+
+    /// Takes the name of a subscriber that is being made: of two requests at once one makes it.
+    fn making(&self, name: &SubscriberName) -> Result<Taken<'_>, Refusal> {
+        Taken::of(&self.making, name).ok_or_else(|| {
+            let why = "another request makes a subscriber of this name now; see what becomes of it";
+            Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Exists, why)
+        })
+    }
+
+    /// Checks a new subscriber against those that there are.
+    fn may_be_added(
+        &self,
+        editing: &Editing<'_>,
+        name: &SubscriberName,
+        document: &Document,
+    ) -> Result<Subscriber, Refusal> {
+        is_free(editing, name)?;
+        let checked = editing.check(document).map_err(not_valid)?;
+        let most = self.reloader.config().max_subscribers();
+        if editing.count() >= most {
+            let why =
+                format!("there are {most} subscribers, which is the most: [admin] max_subscribers");
+            return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Limit, why));
+        }
+        self.has_no_request(name)?;
+        Ok(checked)
     }
 
     /// Replaces what is configured; a secret that is left out stays.
@@ -329,7 +357,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                     // It is in use until the fleet takes the change; and a request in flight that fails
                     // afterwards would store its batch again.
                     if editing.in_use(&name).is_none() && !this.has_lane(&name) {
-                        match this.queue.prune(&name, true).await {
+                        let pruned = timeout(this.waits.held, this.queue.prune(&name, true)).await;
+                        match pruned.unwrap_or_else(|_| Err(QueueError::new("no answer"))) {
                             Ok(()) => return true,
                             Err(e) => {
                                 tracing::debug!(subscriber = name.as_str(), error = %e, "its queues are not deleted yet")
@@ -340,7 +369,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 tokio::time::sleep(backoff.grow()).await;
             }
         });
-        tokio::time::timeout(DROP_TIMEOUT, dropping).await.is_ok_and(|done| done.unwrap_or(false))
+        timeout(self.waits.dropping, dropping).await.is_ok_and(|done| done.unwrap_or(false))
     }
 
     async fn edited(
@@ -397,14 +426,6 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     /// Whoever gets events of another subscriber of the same name would not expect them.
     async fn has_no_backlog(&self, new: Subscriber) -> Result<(), Refusal> {
         let name = &new.name.clone();
-        let in_use =
-            |why: String| Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Backlog, why);
-        if self.has_lane(name) {
-            let why = format!(
-                "requests to an earlier subscriber `{name}` are in flight, and what fails would go to this one; try again when they have ended, or choose another name"
-            );
-            return Err(in_use(why));
-        }
         // Asked for by its name: one that was removed just now is not recorded as removed yet.
         let depths = self.queue.depths(&[Arc::new(new)]).await.map_err(|e| queue_fails(&e))?;
         match depths.subscribers.get(name).filter(|depth| !depth.is_empty()) {
@@ -419,6 +440,16 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 Err(in_use(why))
             }
         }
+    }
+
+    /// What is in flight to an earlier subscriber, and fails, would be retried for this one.
+    fn has_no_request(&self, name: &SubscriberName) -> Result<(), Refusal> {
+        if !self.has_lane(name) {
+            return Ok(());
+        }
+        Err(in_use(format!(
+            "requests to an earlier subscriber `{name}` are in flight, and what fails would go to this one; try again when they have ended, or choose another name"
+        )))
     }
 
     /// Records whether a new subscriber is paused. A pause of an earlier one of its name is not its.
@@ -438,6 +469,43 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         };
         self.queue.record(name, state).await.map_err(|e| queue_fails(&e))
     }
+}
+
+/// A name that is taken until this is dropped.
+struct Taken<'c> {
+    name: SubscriberName,
+    all: &'c Names,
+}
+
+impl<'c> Taken<'c> {
+    /// `None` if it is taken.
+    fn of(all: &'c Names, name: &SubscriberName) -> Option<Self> {
+        let is_free = all.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        is_free.then(|| Self { name: name.clone(), all })
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+    }
+}
+
+/// Waits for the queue no longer than that.
+async fn in_time<T>(
+    limit: Duration,
+    asked: impl Future<Output = Result<T, Refusal>>,
+) -> Result<T, Refusal> {
+    timeout(limit, asked).await.unwrap_or_else(|_| {
+        Err(Refusal::unavailable(format!(
+            "nothing is changed: the queue does not answer within {} s; try again when it does",
+            limit.as_secs()
+        )))
+    })
+}
+
+fn in_use(why: String) -> Refusal {
+    Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Backlog, why)
 }
 
 fn by(caller: &Caller) -> String {
@@ -614,7 +682,7 @@ fn details(document: &Document, before: Option<&Document>) -> String {
         let url = url.and_then(|url| url.as_str()?.parse().ok()).map(SecretUrl::new);
         url.map_or_else(|| key.clone(), |url| format!("url {url}"))
     };
-    let all: std::collections::BTreeSet<String> = old.into_iter().chain(new).collect();
+    let all: BTreeSet<String> = old.into_iter().chain(new).collect();
     let is_own = |key: &&String| key.as_str() != RETIRING && key.as_str() != "name";
     all.iter().filter(is_own).filter(differs).map(shown).collect::<Vec<_>>().join(", ")
 }
@@ -648,3 +716,6 @@ fn not_stored(why: NotStored) -> Refusal {
         NotStored::Store(e) => Refusal::unavailable(format!("nothing was changed: {e}")),
     }
 }
+
+#[cfg(test)]
+mod tests;

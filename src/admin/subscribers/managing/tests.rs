@@ -1,0 +1,129 @@
+use tokio::sync::watch;
+
+use super::*;
+use crate::{
+    admin::{control::Waits, history_health::Health},
+    config::{Token, testing},
+    queue::fake::Fake,
+    store::{KeptSubscribers, fake::FakeStore},
+    supervisor::{fleet::Phase, reload::Reloader},
+    telemetry::{log, metrics::Metrics, status::Board},
+};
+
+/// A daemon that manages subscribers, and whose fleet takes every change.
+struct World {
+    control: Arc<Control<Fake, FakeStore>>,
+    queue: Fake,
+    store: FakeStore,
+    caller: Caller,
+    _phase: watch::Sender<Phase>,
+}
+
+fn world(waits: Waits) -> World {
+    let config = testing::embedded("[admin]\ntoken = \"t\"\nmanage = true\n");
+    let (store, kept) = (FakeStore::default(), KeptSubscribers::default());
+    let token: Token = config.admin.all_tokens().remove(0);
+    let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
+    let (reloader, mut changes) = Reloader::new(
+        config,
+        kept,
+        metrics.clone(),
+        queue.removals().clone(),
+        log::Level::default(),
+    );
+    tokio::spawn(async move {
+        while let Some(change) = changes.recv().await {
+            change.done.send(Ok(BTreeSet::new())).ok();
+        }
+    });
+    let phase = watch::Sender::new(Phase::Running);
+    let board = Board::new(metrics);
+    let health = Health::new(&store, board.clone());
+    let follows = phase.subscribe();
+    let mut control = Control::new(queue.clone(), store.clone(), reloader, board, follows, health);
+    control.waits = waits;
+    World { control: Arc::new(control), queue, store, caller: Caller::of(&token), _phase: phase }
+}
+
+/// Long enough for any machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+const AT_ONCE: Duration = Duration::from_millis(50);
+
+impl World {
+    async fn add(&self, name: &str) -> Result<SubscriberChange, Refusal> {
+        self.control.add(&self.caller, document(name)).await
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.store.memory().kept.all.iter().map(|kept| kept.name().to_string()).collect()
+    }
+}
+
+fn document(name: &str) -> Document {
+    keys(json!({ "name": name, "url": "https://example.com/" }))
+}
+
+fn keys(value: Value) -> Document {
+    match value {
+        Value::Object(keys) => keys.into(),
+        other => unreachable!("{other}"),
+    }
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+#[tokio::test]
+async fn a_new_subscriber_that_waits_for_the_queue_holds_up_no_other_change_and_its_own_name_alone()
+{
+    let world = world(Waits { add: PATIENCE * 10, ..Waits::default() });
+    world.queue.be_silent(true);
+    let (control, caller) = (world.control.clone(), world.caller.clone());
+    let adding = tokio::spawn(async move { control.add(&caller, document("siem")).await });
+    until("the queue is asked", || world.queue.asked() > 0).await;
+    let editing = timeout(PATIENCE, world.control.reloader.edit()).await;
+    drop(editing.expect("the others wait for the queue too"));
+    let twice = world.add("siem").await.expect_err("it is being made");
+    assert_eq!((twice.status, twice.kind), (StatusCode::CONFLICT, ProblemKind::Exists));
+    assert_eq!((world.names(), world.queue.take_claims()), (vec![], vec![]));
+    world.queue.be_silent(false);
+    let added = adding.await.expect("ends").expect("it is made");
+    assert!(added.bound);
+    // That this store has some was recorded before it has one.
+    assert_eq!(world.names(), ["siem"]);
+    assert_eq!(world.queue.take_claims(), ["fake"]);
+    let taken = world.add("siem").await.expect_err("it is there");
+    assert_eq!(taken.kind, ProblemKind::Exists);
+}
+
+#[tokio::test]
+async fn a_queue_that_does_not_answer_in_time_is_a_refusal_that_changes_nothing() {
+    let world = world(Waits { add: AT_ONCE, ..Waits::default() });
+    world.queue.be_silent(true);
+    let refused = timeout(PATIENCE, world.add("siem")).await.expect("in time");
+    let refused = refused.expect_err("the queue is silent");
+    assert_eq!(refused.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(refused.why.contains("nothing is changed: the queue does not answer"));
+    assert_eq!((world.names(), world.queue.take_claims()), (vec![], vec![]));
+}
+
+#[tokio::test]
+async fn queues_that_cannot_be_deleted_now_hold_up_other_changes_for_a_time() {
+    let world = world(Waits { held: AT_ONCE, dropping: AT_ONCE, ..Waits::default() });
+    world.add("siem").await.expect("it is made");
+    world.queue.be_silent(true);
+    let removed = world.control.remove(&world.caller, "siem", Expected::Any, Backlog::Drop).await;
+    assert_eq!(removed.expect("it is removed").backlog, "dropping");
+    let editing = timeout(PATIENCE, world.control.reloader.edit()).await;
+    drop(editing.expect("the others wait until the queue is there"));
+    assert_eq!(world.queue.pruned(), [""; 0]);
+    world.queue.be_silent(false);
+    until("they are deleted", || !world.queue.pruned().is_empty()).await;
+    assert_eq!(world.queue.pruned(), ["siem"]);
+}
