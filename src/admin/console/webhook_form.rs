@@ -169,7 +169,7 @@ async fn tested<Q: Queue, S: Store>(
     let work = async move {
         let came = console.control.test_draft(draft(name.as_deref(), &form)).await;
         if let Ok(tested) = &came {
-            // Where it went: an endpoint that was typed gets the headers that are stored.
+            // An endpoint that was typed need not be the stored one.
             let to = tested.url.parse::<Url>().map(|url| url.origin().ascii_serialization());
             let details = format!("not saved, to {}", to.unwrap_or_default());
             console.record(&session, "test", tested.subscriber.clone(), details);

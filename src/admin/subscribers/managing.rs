@@ -37,7 +37,7 @@ use crate::{
         managed::Entry,
         reload::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN, Unchanged, store_id},
     },
-    wording::counted,
+    wording::{agreed, counted},
 };
 
 /// What becomes of the events, retries and dead letters of a subscriber that is removed.
@@ -54,6 +54,15 @@ pub(in crate::admin) enum Draft {
     New(Document),
     /// A merge patch of the one of this name.
     Change(String, Document),
+}
+
+/// A change of a subscriber.
+struct Edit {
+    /// The operation that is recorded.
+    what: &'static str,
+    expected: Option<Expected>,
+    /// The client's own words.
+    given: Document,
 }
 
 /// The keys that decide what a request looks like.
@@ -172,6 +181,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         expected: Expected,
         document: Document,
     ) -> Result<SubscriberChange, Refusal> {
+        let given = document.clone();
         let replaced = move |before: &Entry| {
             let mut document = clean(&document)?;
             if let Some(before) = &before.document {
@@ -183,7 +193,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             }
             Ok(document)
         };
-        self.edited(caller, name, Some(expected), "change_subscriber", replaced).await
+        let change = Edit { what: "change_subscriber", expected: Some(expected), given };
+        self.edited(caller, name, change, replaced).await
     }
 
     /// Applies a merge patch (RFC 7396).
@@ -194,8 +205,10 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         expected: Expected,
         patch: Document,
     ) -> Result<SubscriberChange, Refusal> {
+        let change =
+            Edit { what: "change_subscriber", expected: Some(expected), given: patch.clone() };
         let patched = move |before: &Entry| patched(&patch, before);
-        self.edited(caller, name, Some(expected), "change_subscriber", patched).await
+        self.edited(caller, name, change, patched).await
     }
 
     /// Makes a new signing secret. Those before it sign too for the overlap.
@@ -220,7 +233,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             let before = before.document.as_ref().ok_or_else(|| cannot_be_read(before))?;
             rotated(before, &new, now, until)
         };
-        let change = self.edited(caller, name, None, "rotate_secret", rotated).await?;
+        let change = Edit { what: "rotate_secret", expected: None, given: Document::default() };
+        let change = self.edited(caller, name, change, rotated).await?;
         let overlap_until = (!overlap.is_zero()).then_some(Time(until));
         Ok(SubscriberChange { secret: Some(secret.into()), overlap_until, ..change })
     }
@@ -230,21 +244,23 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self.may_manage()?;
         let subscriber = {
             let editing = self.reloader.edit().await;
-            let document = match draft {
+            match draft {
                 Draft::New(document) => {
                     let mut document = clean(&document)?;
                     named(&document)?;
                     if needs_secret(&document) {
                         document.set("secrets", json!([new_secret()]));
                     }
-                    document
+                    editing.check(&document).map_err(not_valid)?
                 }
                 Draft::Change(name, patch) => {
                     let entry = entry(&editing, &name)?;
-                    patched(&patch, &entry)?
+                    let document = patched(&patch, &entry)?;
+                    let checked = editing.check(&document).map_err(not_valid)?;
+                    takes_nothing_along(&document, &patch, &entry)?;
+                    checked
                 }
-            };
-            editing.check(&document).map_err(not_valid)?
+            }
         };
         self.send_test_event(&subscriber).await
     }
@@ -376,8 +392,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self: &Arc<Self>,
         caller: &Caller,
         name: &str,
-        expected: Option<Expected>,
-        what: &'static str,
+        Edit { what, expected, given }: Edit,
         new: impl FnOnce(&Entry) -> Result<Document, Refusal> + Send + 'static,
     ) -> Result<SubscriberChange, Refusal> {
         self.may_manage()?;
@@ -392,6 +407,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             let document = new(&entry)?;
             let document = unchanged_name(document, &entry)?;
             editing.check(&document).map_err(not_valid)?;
+            takes_nothing_along(&document, &given, &entry)?;
             let name = entry.kept.name().clone();
             let operation = operation(what, &name, by, details(&document, entry.document.as_ref()));
             let put = editing.put(&this.store, &name, document.text(), Some(version), operation);
@@ -625,6 +641,28 @@ fn unchanged_name(mut document: Document, entry: &Entry) -> Result<Document, Ref
     }
     document.set("name", name.into());
     Ok(document)
+}
+
+/// What is stored for one host goes to no other because the URL was changed: whoever changes it need
+/// not know it. A signing secret stays, since no request carries it.
+fn takes_nothing_along(
+    document: &Document,
+    given: &Document,
+    before: &Entry,
+) -> Result<(), Refusal> {
+    let Some(before) = &before.document else { return Ok(()) };
+    let carried = document.carried_elsewhere(given, before);
+    if carried.is_empty() {
+        return Ok(());
+    }
+    let what: Vec<String> = carried.iter().map(|key| format!("`{key}`")).collect();
+    let why = format!(
+        "has another scheme, host or port than before, which would get what is stored for that one: {}; give {} again in the same change, or take {} out, over the API or with `hooktrail subscribers set --from`",
+        what.join(", "),
+        agreed(&carried.len(), "(it|them)"),
+        agreed(&carried.len(), "(it|them)"),
+    );
+    Err(Refusal::field("url", why))
 }
 
 fn patched(patch: &Document, entry: &Entry) -> Result<Document, Refusal> {

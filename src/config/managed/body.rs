@@ -4,6 +4,7 @@ use std::{fmt, fmt::Write as _, time::SystemTime};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use url::{Origin, Url};
 
 use crate::{
     config::variables::REFERENCE,
@@ -143,6 +144,35 @@ impl Document {
             Value::Object(keys) => Self(keys),
             _ => self.clone(),
         }
+    }
+
+    /// The stored values that requests would carry to another origin than the one they were given for:
+    /// headers and authentication of `before` that `given`, the client's words, does not give itself.
+    pub fn carried_elsewhere(&self, given: &Self, before: &Self) -> Vec<String> {
+        if self.origin() == before.origin() {
+            return Vec::new();
+        }
+        let is_kept = |key: &str, path: &[&str]| {
+            let own = self.at(key, path);
+            own.is_some() && own == before.at(key, path) && own != given.at(key, path)
+        };
+        let headers = self.get("headers").and_then(Value::as_object);
+        let headers = headers.into_iter().flat_map(Map::keys);
+        let headers = headers.filter(|name| is_kept("headers", &[name.as_str()]));
+        let auth: [&[&str]; 2] = [&["bearer"], &["basic", "password"]];
+        let auth = auth.into_iter().filter(|path| is_kept("auth", path));
+        let auth = auth.map(|path| format!("auth.{}", path.join(".")));
+        headers.map(|name| format!("headers.{name}")).chain(auth).collect()
+    }
+
+    fn at(&self, key: &str, path: &[&str]) -> Option<&Value> {
+        path.iter().try_fold(self.get(key)?, |value, part| value.get(part))
+    }
+
+    /// Scheme, host and port of its URL, if it has one.
+    fn origin(&self) -> Option<Origin> {
+        let url: Url = self.get("url")?.as_str()?.trim().parse().ok()?;
+        Some(url.origin())
     }
 }
 

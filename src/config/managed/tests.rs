@@ -238,3 +238,43 @@ fn what_is_exported_is_the_same_subscriber_in_a_file() {
     assert_eq!((&shown["name"], &shown["batch"]["max_events"]), (&json!("a-1"), &json!(3)));
     assert!(!shown.to_string().contains("s1"));
 }
+
+#[test]
+fn headers_and_authentication_go_to_no_other_origin_than_the_one_that_they_were_given_for() {
+    let before = document(json!({
+        "url": "https://a.example/hook",
+        "headers": { "authorization": "Key hunter2", "x-team": "7" },
+        "auth": { "basic": { "username": "u", "password": "hunter2" } },
+        "secrets": ["hunter2"],
+    }));
+    let all = &["headers.authorization", "headers.x-team", "auth.basic.password"][..];
+    let redacted = before.redacted();
+    for (patch, expected) in [
+        (json!({ "url": "https://a.example:443/other?key=1" }), &[][..]),
+        (json!({ "url": "https://A.example/" }), &[]),
+        (json!({ "description": "x" }), &[]),
+        (json!({ "url": "https://b.example/hook" }), all),
+        (json!({ "url": "http://a.example/hook" }), all),
+        (json!({ "url": "https://a.example:8443/hook" }), all),
+        (
+            json!({ "url": "https://b.example/", "headers": redacted["headers"], "auth": redacted["auth"] }),
+            all,
+        ),
+        (json!({ "url": "https://b.example/", "headers": null, "auth": null }), &[]),
+        (
+            json!({ "url": "https://b.example/", "auth": { "basic": null, "bearer": "new" },
+                "headers": { "authorization": "new", "x-more": "1" } }),
+            &["headers.x-team"],
+        ),
+        // The value is given, which may be the same.
+        (
+            json!({ "url": "https://b.example/", "auth": { "basic": { "password": "hunter2" } },
+                "headers": { "authorization": "Key hunter2", "x-team": "7" } }),
+            &[],
+        ),
+    ] {
+        let given = document(patch.clone());
+        let after = before.merged(&given).restored(&before);
+        assert_eq!(after.carried_elsewhere(&given, &before), expected, "{patch}");
+    }
+}

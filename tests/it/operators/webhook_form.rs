@@ -472,3 +472,49 @@ fn what_was_typed_outlives_the_session_without_its_secrets_and_is_sent_by_the_us
         assert!(hidden(&seen.text).contains(&("to".into(), "/console/health/inspect".into())));
     });
 }
+
+#[test]
+fn a_url_of_another_host_is_refused_beside_its_field_while_headers_are_stored() {
+    run(async {
+        let (receiver, other, api) =
+            (Receiver::accepting().await, Receiver::accepting().await, Api::new());
+        let setup = Setup::new(&Queue::embedded(), &managing(&api));
+        let _daemon = setup.start().await;
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        let bearer = format!("Bearer {TOKEN}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let made = serde_json::json!({
+            "name": "siem", "url": receiver.url, "headers": { "x-key": "hunter2" },
+        });
+        eventually("it is made", async || {
+            let path = "/api/v1/subscribers";
+            api.send("POST", path, &headers, &made.to_string()).await.status == 201
+        })
+        .await;
+        let path = "/console/webhooks/siem/edit";
+        let page = browser.page(path).await;
+        let (own, version) = (key(&page), field(&page, "version"));
+        let form = [
+            ("form_key", own.as_str()),
+            ("version", version.as_str()),
+            ("url", other.url.as_str()),
+            ("format", "json"),
+            ("signature", "standard-webhooks"),
+        ];
+        for path in [path.to_owned(), format!("{path}/test")] {
+            let seen = browser.post(&path, &form, &[]).await;
+            assert_eq!(seen.status, 400, "{path}: {}", seen.text);
+            let (_, beside) = seen.text.split_once("id=\"wrong-url\"").expect("beside the field");
+            let beside = beside.split("</").next().unwrap_or_default();
+            assert!(beside.contains("`headers.x-key`"), "{beside}");
+            assert!(beside.contains("hooktrail subscribers set --from"), "{beside}");
+            assert_eq!(line(&seen.text, "url"), other.url);
+            assert!(!seen.text.contains("hunter2"));
+        }
+        assert!(other.requests().is_empty(), "a test would have sent it");
+        // The same host with another path is no other.
+        let path_alone = format!("{}hooks", receiver.url);
+        let form = form.map(|(n, v)| if n == "url" { (n, path_alone.as_str()) } else { (n, v) });
+        assert_eq!(browser.post(path, &form, &[]).await.status, 303);
+    });
+}

@@ -127,3 +127,39 @@ async fn queues_that_cannot_be_deleted_now_hold_up_other_changes_for_a_time() {
     until("they are deleted", || !world.queue.pruned().is_empty()).await;
     assert_eq!(world.queue.pruned(), ["siem"]);
 }
+
+#[tokio::test]
+async fn a_changed_host_gets_no_stored_headers_by_a_change_or_a_test() {
+    let world = world(Waits::default());
+    let made = keys(json!({
+        "name": "siem", "url": "https://a.example/", "headers": { "authorization": "hunter2" },
+    }));
+    let (control, caller) = (&world.control, &world.caller);
+    control.add(caller, made).await.expect("it is made");
+    let stored = || world.control.reloader.managed().get("siem").and_then(|e| e.document.clone());
+    let before = stored();
+    let elsewhere = || keys(json!({ "url": "https://b.example/" }));
+    let replaced = keys(json!({
+        "url": "https://b.example/", "headers": { "authorization": "[redacted]" },
+    }));
+    let refusals = [
+        control.patch(caller, "siem", Expected::Any, elsewhere()).await.err(),
+        control.replace(caller, "siem", Expected::Any, replaced).await.err(),
+        control.test_draft(Draft::Change("siem".to_owned(), elsewhere())).await.err(),
+    ];
+    for refusal in refusals {
+        let refusal = refusal.expect("it is refused");
+        let Refusal { status, fields, .. } = &refusal;
+        assert_eq!((*status, fields[0].field.as_str()), (StatusCode::BAD_REQUEST, "url"));
+        assert!(refusal.why.contains("`headers.authorization`") && refusal.why.contains("give it"));
+        assert!(!refusal.why.contains("hunter2"), "{}", refusal.why);
+    }
+    assert_eq!(stored(), before);
+    // Given again, and with its signing secret, which no request carries.
+    let again = json!({ "url": "https://b.example/", "headers": { "authorization": "hunter3" } });
+    control.patch(caller, "siem", Expected::Any, keys(again)).await.expect("it is changed");
+    let secrets = |document: Option<Document>| document.and_then(|d| d.get("secrets").cloned());
+    assert!(secrets(before.clone()).is_some() && secrets(stored()) == secrets(before));
+    let out = json!({ "url": "https://c.example/", "headers": null });
+    control.patch(caller, "siem", Expected::Any, keys(out)).await.expect("it is changed");
+}
