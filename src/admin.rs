@@ -139,6 +139,7 @@ impl Admin {
             health.clone(),
         );
         let control = Arc::new(control);
+        let removing = control.clone();
         let history = History::new(queue.clone(), store.clone(), reloader.clone());
         let history = Arc::new(history);
         let exporter = Arc::new(Exporter::new(store.clone()));
@@ -204,6 +205,7 @@ impl Admin {
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);
         let (close, closing) = oneshot::channel::<()>();
+        tokio::spawn(removing.finish_removals());
         Serving {
             room,
             phase,

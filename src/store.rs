@@ -334,7 +334,8 @@ pub trait Store: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Put, StoreError>> + Send;
 
     /// Deletes a subscriber made over the API if it has this version, and records the operation;
-    /// durable when it returns.
+    /// durable when it returns. `drops`: its queues are to be deleted too, which is remembered until
+    /// they [are](Self::dropped), also if there is none of the name.
     ///
     /// # Errors
     /// It is not deleted, or that [is unknown](StoreError::is_unknown).
@@ -342,8 +343,23 @@ pub trait Store: Clone + Send + Sync + 'static {
         &self,
         name: &SubscriberName,
         expected: u64,
+        drops: bool,
         operation: NewOperation,
     ) -> impl Future<Output = Result<Deleted, StoreError>> + Send;
+
+    /// The deleted subscribers whose queues are still to be deleted.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn dropping(&self)
+    -> impl Future<Output = Result<BTreeSet<SubscriberName>, StoreError>> + Send;
+
+    /// The queues of a deleted subscriber are deleted, or are those of another one by now.
+    ///
+    /// # Errors
+    /// Nothing has changed, or that is unknown.
+    fn dropped(&self, name: &SubscriberName)
+    -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Records an operation; durable when it returns. Only the latest [`MAX_OPERATIONS`] are kept.
     ///

@@ -89,6 +89,8 @@ pub(super) struct Control<Q, S> {
     retrying: Mutex<()>,
     /// The subscribers that are being made over the API.
     pub(super) making: Names,
+    /// The removed subscribers whose queues a task is to delete.
+    pub(super) dropping: Names,
     pub(super) waits: Waits,
 }
 
@@ -301,6 +303,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             started: clock::instant(),
             retrying: Mutex::default(),
             making: Names::default(),
+            dropping: Names::default(),
             waits: Waits::default(),
             to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
         }
@@ -341,6 +344,13 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     /// Whether the fleet takes changes.
     pub(super) fn is_running(&self) -> bool {
         *self.phase.borrow() == Phase::Running
+    }
+
+    /// Completes when the daemon drains.
+    pub(super) fn drains(&self) -> impl Future<Output = ()> + Send + use<Q, S> {
+        let mut phase = self.phase.clone();
+        // An error means that the fleet has ended.
+        async move { drop(phase.wait_for(|phase| *phase == Phase::Draining).await) }
     }
 
     /// Whether a lane of this name is there: also one of a removed subscriber, while its requests in

@@ -279,7 +279,7 @@ async fn remove(
     })?;
     if removed.backlog == "dropping" {
         return Err(Failed::Runtime(format!(
-            "the queues of `{subscriber}` are still in use; the daemon deletes them as soon as they are not, unless it ends before: see \
+            "the queues of `{subscriber}` are still in use; the daemon deletes them as soon as they are not, also after a restart: see \
              `hooktrail prune --dry-run`"
         )));
     }

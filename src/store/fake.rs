@@ -59,6 +59,8 @@ pub(crate) struct Memory {
     pub(crate) kept: KeptSubscribers,
     /// The versions of those that were deleted.
     pub(crate) deleted: Vec<(SubscriberName, u64)>,
+    /// Those whose queues are still to be deleted.
+    pub(crate) dropping: BTreeSet<SubscriberName>,
     pub(crate) to_read: watch::Sender<u64>,
 }
 
@@ -573,10 +575,17 @@ impl Store for FakeStore {
         &self,
         name: &SubscriberName,
         expected: u64,
+        drops: bool,
         operation: NewOperation,
     ) -> Result<Deleted, StoreError> {
         let mut memory = self.recording()?;
-        match memory.next_of(name, Some(expected), operation.at) {
+        let next = memory.next_of(name, Some(expected), operation.at);
+        match (&next, drops) {
+            (Err(Some(_)), _) => {}
+            (_, true) => memory.dropping.extend([name.clone()]),
+            (_, false) => memory.dropping.retain(|known| known != name),
+        }
+        match next {
             Ok((at, version)) => {
                 at.map(|at| memory.kept.all.remove(at)).ok(); // it is there: it has a version
                 memory.deleted.push((name.clone(), version));
@@ -585,6 +594,15 @@ impl Store for FakeStore {
             }
             Err(version) => Ok(Deleted::Differs(version)),
         }
+    }
+
+    async fn dropping(&self) -> Result<BTreeSet<SubscriberName>, StoreError> {
+        Ok(self.open()?.dropping.clone())
+    }
+
+    async fn dropped(&self, name: &SubscriberName) -> Result<(), StoreError> {
+        self.recording()?.dropping.remove(name);
+        Ok(())
     }
 
     async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {

@@ -530,11 +530,21 @@ impl Store for SqliteStore {
         &self,
         name: &SubscriberName,
         expected: u64,
+        drops: bool,
         operation: NewOperation,
     ) -> Result<Deleted, StoreError> {
         let change = sealed::Change { name: name.clone(), expected: Some(expected), operation };
         let (shared, db) = (self.0.clone(), self.0.precious()?);
-        whole(async move { shared.kept.delete(&db, change).await }).await
+        whole(async move { shared.kept.delete(&db, change, drops).await }).await
+    }
+
+    async fn dropping(&self) -> Result<BTreeSet<SubscriberName>, StoreError> {
+        self.read_precious(sealed::dropping).await
+    }
+
+    async fn dropped(&self, name: &SubscriberName) -> Result<(), StoreError> {
+        let name = name.clone();
+        self.precious(move |db| sealed::dropped(db, &name)).await
     }
 
     async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {

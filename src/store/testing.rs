@@ -1,6 +1,9 @@
 //! What every implementation of the store must hold, checked over its trait.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime},
+};
 
 use proptest::{prelude::*, sample::select};
 use serde_json::Value;
@@ -272,9 +275,9 @@ pub(crate) async fn subscribers_are_changed_by_who_knows_their_version(store: &i
         assert_eq!(put, Ok(Put::Differs(Some(b.version))), "{expected:?}");
     }
     let change = operation("delete_subscriber", "b", 3);
-    let deleted = store.delete_subscriber(&name, b.version + 1, change.clone()).await;
+    let deleted = store.delete_subscriber(&name, b.version + 1, false, change.clone()).await;
     assert_eq!(deleted, Ok(Deleted::Differs(Some(b.version))));
-    let none = store.delete_subscriber(&"c".into(), 1, change.clone()).await;
+    let none = store.delete_subscriber(&"c".into(), 1, false, change.clone()).await;
     assert_eq!(none, Ok(Deleted::Differs(None)));
     let none = store.put_subscriber(&"c".into(), Secret::new("{}"), Some(1), change).await;
     assert_eq!(none, Ok(Put::Differs(None)));
@@ -287,8 +290,22 @@ pub(crate) async fn subscribers_are_changed_by_who_knows_their_version(store: &i
     let again = put(store, "b", "{\"n\":4}", Some(changed.version), 5).await;
     assert_eq!((&again.created, &again.changed), (&stamp(1), &stamp(5)));
     let change = operation("delete_subscriber", "b", 1);
-    assert_eq!(store.delete_subscriber(&name, again.version, change).await, Ok(Deleted::Yes));
+    let (wrong, none) = (again.version + 1, BTreeSet::new());
+    let refused = store.delete_subscriber(&name, wrong, true, change.clone()).await;
+    assert_eq!(refused, Ok(Deleted::Differs(Some(again.version))));
+    assert_eq!(store.dropping().await, Ok(none.clone()));
+    let deleted = store.delete_subscriber(&name, again.version, true, change.clone()).await;
+    assert_eq!(deleted, Ok(Deleted::Yes));
     assert_eq!(open_subscribers(store).await, std::slice::from_ref(&a));
+    // Its queues are to be deleted until they are; so are those of one that the store has lost.
+    assert_eq!(store.dropping().await, Ok([name.clone()].into()));
+    store.dropped(&name).await.expect("records");
+    assert_eq!(store.dropping().await, Ok(none.clone()));
+    for (drops, expected) in [(true, [name.clone()].into()), (false, none)] {
+        let lost = store.delete_subscriber(&name, again.version, drops, change.clone()).await;
+        assert_eq!(lost, Ok(Deleted::Differs(None)));
+        assert_eq!(store.dropping().await, Ok(expected), "{drops}");
+    }
     let anew = put(store, "b", "{\"n\":5}", None, 1).await;
     assert!(anew.version > again.version + 1, "the deletion has a version too");
     assert_eq!(anew.created, stamp(1), "it is another one");

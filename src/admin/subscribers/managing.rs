@@ -32,7 +32,7 @@ use crate::{
     endpoint::test_event::{self, Example},
     policy::retry::Backoff,
     queue::{Queue, QueueError, Sharing},
-    store::{NewOperation, Store},
+    store::{NewOperation, Store, StoreError},
     supervisor::{
         managed::Entry,
         reload::{ELSEWHERE, Editing, NotStored, Stored, UNKNOWN, Unchanged, store_id},
@@ -124,6 +124,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         // Other changes do not wait for the queue's answers to this one.
         let checked = self.may_be_added(&self.reloader.edit().await, &name, &document)?;
         let asked = async {
+            self.is_not_dropping(&name).await?;
             self.has_no_backlog(checked).await?;
             self.claim().await
         };
@@ -347,7 +348,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let name = entry.kept.name().clone();
         let details = format!("backlog {}", if is_dropped { "dropped" } else { "kept" });
         let operation = operation("delete_subscriber", &name, by, details);
-        let deleted = editing.delete(&self.store, &name, version, operation).await;
+        let deleted = editing.delete(&self.store, &name, version, is_dropped, operation).await;
         deleted.map_err(not_stored)?.ok(); // It is logged, and the next change does it.
         drop(editing);
         let backlog = match is_dropped {
@@ -358,34 +359,99 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         Ok(SubscriberRemoval { subscriber: name.to_string(), backlog: backlog.to_owned() })
     }
 
-    /// Deletes the queues of a removed subscriber: once its lane has ended, and its queue is unbound.
+    /// Deletes the queues of a removed subscriber, in a task that goes on without its caller. Returns
+    /// whether it has done that in time.
     async fn dropped(self: &Arc<Self>, name: &SubscriberName) -> bool {
         let (this, name) = (self.clone(), name.clone());
-        let dropping = tokio::spawn(async move {
-            let mut backoff = Backoff::new(DROP_AGAIN.0, DROP_AGAIN.1);
-            loop {
-                {
-                    // Nobody makes one of this name between the look and the deletion.
-                    let editing = this.reloader.edit().await;
-                    if editing.of_file(&name).is_some() || editing.entry(&name).is_some() {
-                        return false;
-                    }
-                    // It is in use until the fleet takes the change; and a request in flight that fails
-                    // afterwards would store its batch again.
-                    if editing.in_use(&name).is_none() && !this.has_lane(&name) {
-                        let pruned = timeout(this.waits.held, this.queue.prune(&name, true)).await;
-                        match pruned.unwrap_or_else(|_| Err(QueueError::new("no answer"))) {
-                            Ok(()) => return true,
-                            Err(e) => {
-                                tracing::debug!(subscriber = name.as_str(), error = %e, "its queues are not deleted yet")
-                            }
-                        }
-                    }
-                }
-                tokio::time::sleep(backoff.grow()).await;
-            }
-        });
+        let dropping = tokio::spawn(async move { this.drop_queues(&name, false).await });
         timeout(self.waits.dropping, dropping).await.is_ok_and(|done| done.unwrap_or(false))
+    }
+
+    /// Goes on with the removals that an earlier process has begun, or whose fate was unknown.
+    pub(in crate::admin) async fn finish_removals(self: Arc<Self>) {
+        let mut to_read = self.store.subscribers_to_read();
+        let mut backoff = Backoff::new(DROP_AGAIN.0, DROP_AGAIN.1);
+        loop {
+            to_read.mark_unchanged();
+            let found = self.store.dropping().await;
+            let is_read = found.is_ok();
+            for name in found.unwrap_or_default() {
+                let this = self.clone();
+                tokio::spawn(async move { this.drop_queues(&name, true).await });
+            }
+            if is_read {
+                backoff.reset();
+            }
+            tokio::select! {
+                changed = to_read.changed() => if changed.is_err() { return },
+                // A store that is away is reported.
+                () = tokio::time::sleep(backoff.grow()), if !is_read => {}
+                () = self.drains() => return,
+            }
+        }
+    }
+
+    /// Deletes the queues of a removed subscriber as soon as that can be done, unless another task
+    /// does. Returns whether they are deleted: if not, another subscriber has them, or the daemon
+    /// ends, and the next one goes on. `resumes`: nobody asks for it now.
+    async fn drop_queues(&self, name: &SubscriberName, resumes: bool) -> bool {
+        let Some(_one) = Taken::of(&self.dropping, name) else { return false };
+        let mut backoff = Backoff::new(DROP_AGAIN.0, DROP_AGAIN.1);
+        let trying = async {
+            loop {
+                match self.try_drop(name, resumes).await {
+                    Some(done) => return done,
+                    None => tokio::time::sleep(backoff.grow()).await,
+                }
+            }
+        };
+        tokio::select! {
+            done = trying => done,
+            () = self.drains() => false,
+        }
+    }
+
+    /// Deletes the queues of a removed subscriber if that can be done now; false if they are those of
+    /// another one.
+    async fn try_drop(&self, name: &SubscriberName, resumes: bool) -> Option<bool> {
+        let later = |error: &dyn std::fmt::Display| {
+            tracing::debug!(subscriber = name.as_str(), %error, "its queues are not deleted yet");
+        };
+        // Nobody makes one of this name between the look and the deletion.
+        let editing = self.reloader.edit().await;
+        let is_of_file = editing.of_file(name).is_some();
+        if !is_of_file {
+            // Its deletion had no known end, or a backup of the store has it again.
+            if editing.entry(name).is_some() {
+                return None;
+            }
+            // It is in use until the fleet takes the change; and a request in flight that fails
+            // afterwards would store its batch again.
+            if editing.in_use(name).is_some() || self.has_lane(name) {
+                return None;
+            }
+            if resumes && !self.is_removed(name) {
+                return None;
+            }
+            let pruned = timeout(self.waits.held, self.queue.prune(name, true)).await;
+            pruned
+                .unwrap_or_else(|_| Err(QueueError::new("the queue does not answer")))
+                .map_err(|e| later(&e))
+                .ok()?;
+        }
+        self.store.dropped(name).await.map_err(|e| later(&e)).ok()?;
+        Some(!is_of_file)
+    }
+
+    /// Whether a subscriber that an earlier process has deleted is nobody's by now: not before it is
+    /// known whose subscribers count, and who is bound.
+    fn is_removed(&self, name: &SubscriberName) -> bool {
+        let removals = self.queue.removals();
+        removals.may_unbind(name) || {
+            // Other removals may wait for an operator; this one was an operator's word.
+            removals.release(name);
+            removals.may_unbind(name)
+        }
     }
 
     async fn edited(
@@ -456,6 +522,17 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 Err(in_use(why))
             }
         }
+    }
+
+    /// What the queues of an earlier subscriber hold is deleted, and with it what this one would get.
+    async fn is_not_dropping(&self, name: &SubscriberName) -> Result<(), Refusal> {
+        let refusal = |why: StoreError| Refusal::unavailable(format!("nothing is changed: {why}"));
+        if !self.store.dropping().await.map_err(refusal)?.contains(name) {
+            return Ok(());
+        }
+        Err(in_use(format!(
+            "the queues of an earlier subscriber `{name}` are being deleted; try again when they are, or choose another name"
+        )))
     }
 
     /// What is in flight to an earlier subscriber, and fails, would be retried for this one.

@@ -139,10 +139,11 @@ impl Kept {
         &self,
         db: &Database,
         change: Change,
+        drops: bool,
     ) -> Result<Deleted, StoreError> {
         let copy = timeout(self.timeout, self.copy.clone().lock_owned()).await;
         let copy = copy.map_err(|_| self.unchanged())?;
-        self.change(db, copy, true, move |db| sealed::delete(db, &change)).await
+        self.change(db, copy, true, move |db| sealed::delete(db, &change, drops)).await
     }
 
     /// The error of a change that was not begun.

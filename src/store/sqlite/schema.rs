@@ -159,6 +159,10 @@ const STORE: &[&str] = &[
     -- Of a new subscriber whose first replay is not made yet: from when on it gets events.
     ALTER TABLE subscriber ADD COLUMN start_from INTEGER;
 ",
+    "
+    -- Deleted subscribers whose queues are still to be deleted, with all that they hold.
+    CREATE TABLE dropping (name TEXT PRIMARY KEY) WITHOUT ROWID;
+",
 ];
 
 pub(super) const HISTORY_FILE: &str = "history.db";

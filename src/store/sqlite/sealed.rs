@@ -1,6 +1,6 @@
 //! Subscribers made over the API: their rows in the precious file, and how these are sealed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -174,12 +174,22 @@ pub(super) fn put(
     Ok((Put::Stored(StoredSubscriber { name, version, document, created, changed }), Some(row)))
 }
 
-/// Deletes a subscriber. Also returns the row.
+/// Deletes a subscriber, and remembers whether its queues are to be deleted. Also returns the row.
 pub(super) fn delete(
     db: &Connection,
     change: &Change,
+    drops: bool,
 ) -> rusqlite::Result<(Deleted, Option<SealedRow>)> {
-    let (before, version) = match change.find(db)? {
+    let found = change.find(db)?;
+    match (&found, drops) {
+        (Err(Some(_)), _) => {}
+        (_, true) => db
+            .prepare_cached("INSERT OR IGNORE INTO dropping (name) VALUES (?1)")?
+            .execute([change.name.as_str()])
+            .map(drop)?,
+        (_, false) => dropped(db, &change.name)?,
+    }
+    let (before, version) = match found {
         Ok(found) => found,
         Err(version) => return Ok((Deleted::Differs(version), None)),
     };
@@ -199,4 +209,18 @@ pub(super) fn delete(
     .execute([MAX_DELETED])?;
     replays::add_operation(db, &change.operation)?;
     Ok((Deleted::Yes, Some(row)))
+}
+
+/// The deleted subscribers whose queues are still to be deleted.
+pub(super) fn dropping(db: &Connection) -> rusqlite::Result<BTreeSet<SubscriberName>> {
+    let mut all = db.prepare_cached("SELECT name FROM dropping")?;
+    let names = all.query_map([], |row| row.get::<_, String>(0))?;
+    // Only valid names are written.
+    names
+        .filter_map(|name| name.map(|name| SubscriberName::try_new(&name).ok()).transpose())
+        .collect()
+}
+
+pub(super) fn dropped(db: &Connection, name: &SubscriberName) -> rusqlite::Result<()> {
+    db.prepare_cached("DELETE FROM dropping WHERE name = ?1")?.execute([name.as_str()]).map(drop)
 }

@@ -357,8 +357,8 @@ impl Editing<'_> {
         Ok(Stored { subscriber: stored, is_bound, problem })
     }
 
-    /// Deletes a subscriber of this version, and takes it out of use. Returns whether the daemon has
-    /// done that.
+    /// Deletes a subscriber of this version, and takes it out of use. `drops`: its queues are to be
+    /// deleted afterwards. Returns whether the daemon has done that.
     ///
     /// # Errors
     /// It is not deleted, or that is unknown.
@@ -367,9 +367,10 @@ impl Editing<'_> {
         store: &impl Store,
         name: &SubscriberName,
         expected: u64,
+        drops: bool,
         operation: NewOperation,
     ) -> Result<Result<(), Unchanged>, NotStored> {
-        match store.delete_subscriber(name, expected, operation).await {
+        match store.delete_subscriber(name, expected, drops, operation).await {
             // A store that lacks it has lost it, or made an earlier deletion of unknown fate.
             Ok(Deleted::Yes | Deleted::Differs(None)) => {}
             Ok(Deleted::Differs(version)) => return Err(NotStored::Differs(version)),
@@ -496,7 +497,7 @@ mod tests {
         let put = editing.put(&store, &name, document(), Some(version), operation("change")).await;
         let version = put.expect("it is stored").subscriber.version;
         store.memory().kept.all.clear();
-        let deleted = editing.delete(&store, &name, version, operation("delete")).await;
+        let deleted = editing.delete(&store, &name, version, false, operation("delete")).await;
         assert!(deleted.expect("it is deleted").is_ok());
         assert!(!reloader.config().names().contains("siem"));
         assert!(removals.may_unbind("siem") && !removals.may_unbind("a"));

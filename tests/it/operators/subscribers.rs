@@ -17,6 +17,7 @@ use crate::support::{
 on_both_queues!(
     a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_changed_and_removed,
     files_win_and_a_reload_removes_no_subscriber_of_the_api,
+    a_removal_that_a_kill_interrupts_goes_on_and_its_name_is_free_when_its_queues_are_deleted,
 );
 
 tests_that_need!(broker: daemons_with_one_prefix_unbind_no_subscriber_of_the_api_of_another_store);
@@ -359,4 +360,43 @@ fn what_is_in_flight_to_a_removed_subscriber_goes_to_no_other_of_its_name_and_is
             }
         }
     });
+}
+
+async fn a_removal_that_a_kill_interrupts_goes_on_and_its_name_is_free_when_its_queues_are_deleted(
+    queue: Queue,
+) {
+    let api = Api::new();
+    // It answers nothing: its request in flight keeps the queues from being deleted.
+    let gate = tokio::sync::watch::Sender::new(false);
+    let slow = Receiver::start(move |_, _| status(200).when(&gate)).await;
+    let other = Receiver::accepting().await;
+    let setup = Setup::new(&queue, &managing(&api, ""));
+    let daemon = setup.start().await;
+    let made = json!({ "name": "siem", "url": slow.url });
+    let answer = send(&api, "POST", "", "", &made).await;
+    assert_eq!(answer.status, 201, "{answer:?}");
+    queue.publish("user.created", [event(0)]).await;
+    slow.wait_requests(1).await;
+    let again = json!({ "name": "siem", "url": other.url });
+    let version = answer.header("etag").to_owned();
+    let dropping = send(&api, "DELETE", "/siem?backlog=drop", &version, &Value::Null);
+    let removed = eventually("it is removed", async || {
+        send(&api, "GET", "/siem", "", &Value::Null).await.status == 404
+    });
+    tokio::select! {
+        answer = dropping => panic!("a request is in flight: {answer:?}"),
+        () = removed => {}
+    }
+    refused(&send(&api, "POST", "", "", &again).await, 409, "/backlog", "");
+    daemon.kill();
+    let _daemon = setup.start().await;
+    eventually("its queues are deleted", async || {
+        let answer = send(&api, "POST", "", "", &again).await;
+        assert!([201, 409].contains(&answer.status), "{answer:?}");
+        answer.status == 201
+    })
+    .await;
+    queue.publish("user.created", [event(7)]).await;
+    accepted(&other, &[7]).await;
+    assert_eq!(slow.requests().len(), 1, "the removed one gets nothing more");
 }

@@ -20,7 +20,11 @@ struct World {
 }
 
 fn world(waits: Waits) -> World {
-    let config = testing::embedded("[admin]\ntoken = \"t\"\nmanage = true\n");
+    world_of(waits, "")
+}
+
+fn world_of(waits: Waits, tables: &str) -> World {
+    let config = testing::embedded(&format!("[admin]\ntoken = \"t\"\nmanage = true\n{tables}"));
     let (store, kept) = (FakeStore::default(), KeptSubscribers::default());
     let token: Token = config.admin.all_tokens().remove(0);
     let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
@@ -42,6 +46,7 @@ fn world(waits: Waits) -> World {
     let follows = phase.subscribe();
     let mut control = Control::new(queue.clone(), store.clone(), reloader, board, follows, health);
     control.waits = waits;
+    queue.removals().judge(&BTreeSet::new(), &BTreeSet::new());
     World { control: Arc::new(control), queue, store, caller: Caller::of(&token), _phase: phase }
 }
 
@@ -162,4 +167,47 @@ async fn a_changed_host_gets_no_stored_headers_by_a_change_or_a_test() {
     assert!(secrets(before.clone()).is_some() && secrets(stored()) == secrets(before));
     let out = json!({ "url": "https://c.example/", "headers": null });
     control.patch(caller, "siem", Expected::Any, keys(out)).await.expect("it is changed");
+}
+
+#[tokio::test]
+async fn a_removal_that_an_earlier_process_has_begun_is_finished_and_its_name_is_free_only_then() {
+    let world = world(Waits { held: AT_ONCE, ..Waits::default() });
+    world.store.memory().dropping = ["siem".into(), "two".into()].into();
+    let is_done = || world.store.memory().dropping.is_empty();
+    world.queue.be_silent(true);
+    tokio::spawn(world.control.clone().finish_removals());
+    until("they are about to be deleted", || world.queue.asked() > 0).await;
+    let refused = world.add("siem").await.expect_err("its queues are there");
+    assert_eq!((refused.status, refused.kind), (StatusCode::CONFLICT, ProblemKind::Backlog));
+    assert!(refused.why.contains("are being deleted"), "{}", refused.why);
+    world.queue.be_silent(false);
+    until("they are deleted", is_done).await;
+    let pruned: BTreeSet<_> = world.queue.pruned().into_iter().collect();
+    assert_eq!(pruned, ["siem".into(), "two".into()].into());
+    world.add("siem").await.expect("the name is free");
+    // One that may be another store's by now is left alone.
+    let other: SubscriberName = "other".into();
+    world.store.memory().dropping = [other.clone()].into();
+    for sharing in [Sharing::Elsewhere, Sharing::Unknown] {
+        world.queue.removals().share(sharing);
+        assert_eq!(world.control.try_drop(&other, true).await, None, "{sharing:?}");
+    }
+    assert_eq!(world.queue.pruned().len(), 2);
+    // It is read again when the store says so: the fate of a deletion was unknown.
+    world.queue.removals().share(Sharing::Alone);
+    world.store.memory().to_read.send_modify(|n| *n += 1);
+    until("it is deleted", is_done).await;
+    assert!(world.queue.pruned().contains(&other));
+}
+
+#[tokio::test]
+async fn queues_of_a_removed_subscriber_that_a_file_or_the_store_has_again_are_not_deleted() {
+    let world = world_of(Waits::default(), &testing::table("of-file", ""));
+    world.add("siem").await.expect("it is made");
+    world.store.memory().dropping = ["siem".into(), "of-file".into()].into();
+    // The store may have it by a backup: then it is for an operator to remove it again.
+    assert_eq!(world.control.try_drop(&"siem".into(), true).await, None);
+    assert_eq!(world.control.try_drop(&"of-file".into(), true).await, Some(false));
+    assert_eq!(world.store.memory().dropping, ["siem".into()].into());
+    assert_eq!(world.queue.pruned(), [""; 0]);
 }

@@ -75,7 +75,7 @@ fn problem(kept: &KeptSubscribers) -> &str {
 async fn delete(store: &SqliteStore, subscriber: &StoredSubscriber) {
     let StoredSubscriber { name, version, .. } = subscriber;
     let deletion = operation("delete_subscriber", name, 9);
-    assert_eq!(store.delete_subscriber(name, *version, deletion).await, Ok(Deleted::Yes));
+    assert_eq!(store.delete_subscriber(name, *version, false, deletion).await, Ok(Deleted::Yes));
 }
 
 /// The files of a store that is closed, to be put back later.
@@ -335,7 +335,7 @@ async fn a_change_that_ends_after_its_answer_is_read_again_and_the_copy_has_it()
     let held = hold_writer(&store);
     tokio::task::yield_now().await;
     let deletion = operation("delete_subscriber", "a", 2);
-    let late = store.delete_subscriber(&a.name, a.version, deletion).await;
+    let late = store.delete_subscriber(&a.name, a.version, false, deletion).await;
     assert!(late.expect_err("it is late").is_unknown());
     // It has not happened yet.
     assert_eq!(store.subscribers().await.all, [KeptSubscriber::Open(a)]);
