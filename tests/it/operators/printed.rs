@@ -8,7 +8,7 @@ use std::{
 
 use crate::support::{
     daemon::{SECRET, Setup},
-    snapshot::{assert_printed, masked, snapshots},
+    snapshot::{assert_printed, masked, measures, snapshots},
 };
 
 fn text(bytes: &[u8]) -> String {
@@ -167,4 +167,8 @@ fn a_snapshot_hides_what_is_another_each_time_and_nothing_else() {
     );
     let others = "msg_01 2026-01-31 08:00 127.0.0.2:18999 30s";
     assert_eq!(masked(others), others);
+    assert_eq!(
+        measures("a  <1ms  1h 2m  99.5% <b> 3"),
+        "a  [duration]  [duration]  [number]% <b> 3"
+    );
 }

@@ -97,10 +97,12 @@ fn without_measures(text: &str) -> String {
 }
 
 /// Replaces numbers with a unit of time, and numbers with a point.
-fn measures(text: &str) -> String {
+pub(crate) fn measures(text: &str) -> String {
     const UNITS: [&str; 7] = ["ms", "s", "m", "h", "d", "day", "days"];
     let mut out: Vec<String> = Vec::new();
     for word in text.split(' ') {
+        // `<1ms` is a duration too: on a quick machine an answer takes no whole millisecond.
+        let word = word.strip_prefix('<').filter(|rest| rest.ends_with("ms")).unwrap_or(word);
         let begin = word
             .find(|c: char| c.is_ascii_digit())
             .filter(|at| !word[..*at].contains(|c: char| c.is_alphanumeric() || c == '['));
