@@ -29,7 +29,7 @@ pub use self::{
     schema::schema,
     settings::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
-        LogConfig, PublicUrl, QueueConfig, Reach, Role, StoreConfig, Token,
+        IntakeConfig, LogConfig, PublicUrl, QueueConfig, Reach, Role, StoreConfig, Token,
     },
     subscriber::{Auth, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, matcher},
 };

@@ -20,6 +20,10 @@ pub enum Step {
     Acked,
     /// Events of the source queue are confirmed in the subscribers' queues, and not acked.
     Relayed,
+    /// Events of the intake queue are taken, and not in the log.
+    Taken,
+    /// Events of the intake queue are on the disk, and not acked.
+    Scribed,
     /// Orphans, dead letters or retries are confirmed in their new queue, and not acked in the old
     /// one.
     Moved,
@@ -47,7 +51,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::Declared,
         Self::Witnessed,
         Self::Attempting,
@@ -56,6 +60,8 @@ impl Step {
         Self::Confirmed,
         Self::Acked,
         Self::Relayed,
+        Self::Taken,
+        Self::Scribed,
         Self::Moved,
         Self::Recorded,
         Self::Committing,

@@ -69,7 +69,7 @@
 //!              · record · matching · snapshot · history_mark · history_state · shared · state_stream
 //!              · unusable · restore · walk · consumer · ownership · upkeep · follow
 //!              · history_queue · history_feed · relay · orphans · intake · waiting · dead
-//!              · depths · doctor · repair · prune · fuzzing
+//!              · depths · doctor · line · scribe · repair · prune · fuzzing
 //! endpoint/                 one attempt, the only place that sends requests to receivers
 //!              · webhook · inspect · test_event
 //! lane/                     the worker of one subscriber

@@ -18,7 +18,11 @@ use crate::{
     clock,
     config::{self, Backend, Config, ConfigError, StoreConfig, Subscriber, Token},
     endpoint::inspect,
-    queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    queue::{
+        Queue,
+        amqp::{AmqpQueue, inspect_intake},
+        embedded::EmbeddedQueue,
+    },
     store::{
         Store as _,
         sqlite::{SqliteStore, recorded_id},
@@ -286,29 +290,36 @@ async fn inspect_queue(config: &Config) -> Vec<Finding> {
             inspect(queue, &config.subscribers).await
         }
         Backend::Embedded => {
-            let embedded = &config.queue.embedded;
-            match EmbeddedQueue::exists(embedded) {
-                Ok(true) => {}
-                Ok(false) => {
-                    return vec![Finding::note(
-                        "data_dir",
-                        format!(
-                            "there is no embedded queue in {} yet; `run` makes it",
-                            embedded.data_dir.display()
-                        ),
-                    )];
-                }
-                Err(e) => {
-                    let risk =
-                        "it was not inspected, so it is not known whether events can be lost";
-                    return vec![Finding::harmful("data_dir", e.to_string()).risking(risk)];
-                }
+            let mut findings = inspect_embedded(config).await;
+            if let Some(intake) = &config.queue.intake {
+                findings.extend(inspect_intake(&intake.amqp).await);
             }
-            match EmbeddedQueue::existing(embedded) {
-                Ok(queue) => inspect(queue, &config.subscribers).await,
-                Err(e) => vec![e.to_finding()],
-            }
+            findings
         }
+    }
+}
+
+async fn inspect_embedded(config: &Config) -> Vec<Finding> {
+    let embedded = &config.queue.embedded;
+    match EmbeddedQueue::exists(embedded) {
+        Ok(true) => {}
+        Ok(false) => {
+            return vec![Finding::note(
+                "data_dir",
+                format!(
+                    "there is no embedded queue in {} yet; `run` makes it",
+                    embedded.data_dir.display()
+                ),
+            )];
+        }
+        Err(e) => {
+            let risk = "it was not inspected, so it is not known whether events can be lost";
+            return vec![Finding::harmful("data_dir", e.to_string()).risking(risk)];
+        }
+    }
+    match EmbeddedQueue::existing(embedded) {
+        Ok(queue) => inspect(queue, &config.subscribers).await,
+        Err(e) => vec![e.to_finding()],
     }
 }
 

@@ -94,6 +94,13 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
         // History without the queue's log has no events.
         delete_store(&embedded.data_dir)?;
     }
+    if let (Some(intake), false) = (&config.queue.intake, args.how.json)
+        && let AmqpConfig { prefix, intake: Intake::Exchange(_), .. } = &intake.amqp
+    {
+        println!(
+            "queue `{prefix}.intake` stays in RabbitMQ, and what is published comes into it: rabbitmqctl delete_queue {prefix}.intake"
+        );
+    }
     Ok(())
 }
 

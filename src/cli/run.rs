@@ -1,6 +1,6 @@
 //! `run`: the daemon.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
@@ -10,7 +10,11 @@ use crate::{
     clock,
     config::{self, Backend, Config, StoreConfig},
     history::{newcomers::Newcomers, replay::Replays},
-    queue::{Queue, Sharing, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    queue::{
+        Queue, Sharing,
+        amqp::{AmqpQueue, Scribe},
+        embedded::EmbeddedQueue,
+    },
     store::{KeptSubscribers, Store, sqlite::SqliteStore},
     supervisor::{
         fleet::{self, Controls, Phase},
@@ -68,14 +72,8 @@ async fn start(
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            deliver(
-                EmbeddedQueue::for_daemon(&config.queue.embedded)?,
-                config,
-                level,
-                metrics,
-                signals,
-            )
-            .await
+            let queue = fed(EmbeddedQueue::for_daemon(&config.queue.embedded)?, &config, &metrics);
+            deliver(queue.await?, config, level, metrics, signals).await
         }
         Backend::Amqp(amqp) => {
             let holds_undelivered = async || {
@@ -96,6 +94,19 @@ async fn start(
                 .await
         }
     }
+}
+
+/// The embedded queue with what brings it events through a RabbitMQ, if that is configured.
+async fn fed(
+    queue: EmbeddedQueue,
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<EmbeddedQueue, Failed> {
+    let Some(intake) = &config.queue.intake else { return Ok(queue) };
+    let scribe = Scribe::new(intake.as_ref().clone(), metrics.clone());
+    scribe.may_start().await.map_err(|e| Failed::Usage(e.to_string()))?;
+    tracing::info!(broker = %intake.amqp.url, "events come through a broker");
+    Ok(queue.fed_by(Arc::new(scribe)))
 }
 
 async fn deliver(

@@ -22,7 +22,7 @@ use super::{
         MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
         MAX_SUBSCRIBERS, MAX_TIMEOUT, MAX_WAIT,
     },
-    settings::{AmqpConfig, Backend, Config, Intake, Reach, StoreConfig, Token},
+    settings::{AmqpConfig, Backend, Config, Intake, IntakeConfig, Reach, StoreConfig, Token},
     subscriber::{Auth, Subscriber},
 };
 use crate::{
@@ -157,6 +157,28 @@ pub(super) static QUEUE: &[Key] = &[
         Refused,
         |a, b| amqp(a).zip(amqp(b)).is_some_and(|(a, b)| a.prefix != b.prefix),
         |c| word(&amqp(c)?.prefix),
+    ),
+    global(
+        "queue.intake",
+        "With url = \"embedded\": the URL of a RabbitMQ, amqp://… or amqps://…, that events come through into the embedded queue.",
+        Shape::Text,
+        Refused,
+        |a, b| {
+            both_embedded(a, b)
+                && through(a).map(|i| &i.amqp.url) != through(b).map(|i| &i.amqp.url)
+        },
+        |c| url(&through(c)?.amqp.url),
+    ),
+    global(
+        "queue.bind",
+        "With `intake` and `exchange`: the patterns of the events that come in, as AMQP topic patterns; left out: all.",
+        Shape::List(&Shape::Text),
+        Refused,
+        |a, b| through(a).zip(through(b)).is_some_and(|(a, b)| a.bind != b.bind),
+        |c| match &through(c)?.bind[..] {
+            [] => None,
+            bind => list(bind.iter().map(|p| quoted(p.as_str()))),
+        },
     ),
     global(
         "queue.management_url",
@@ -720,13 +742,18 @@ pub(super) static SIGNATURE: &[Key] = &[
 
 fn amqp(config: &Config) -> Option<&AmqpConfig> {
     match &config.queue.backend {
-        Backend::Embedded => None,
+        Backend::Embedded => through(config).map(|intake| &intake.amqp),
         Backend::Amqp(amqp) => Some(amqp),
     }
 }
 
+/// The RabbitMQ that events come through into the embedded queue.
+fn through(config: &Config) -> Option<&IntakeConfig> {
+    config.queue.intake.as_deref()
+}
+
 fn both_embedded(a: &Config, b: &Config) -> bool {
-    amqp(a).is_none() && amqp(b).is_none()
+    [a, b].iter().all(|config| matches!(config.queue.backend, Backend::Embedded))
 }
 
 fn intake(config: &Config) -> Option<&Intake> {

@@ -216,7 +216,10 @@ pub(super) fn of_section<'d>(
     let url = endpoint::url(reader, section, &http_group);
     let events = match section.get("events") {
         None => Some(vec![Pattern::all()]),
-        Some(v) => endpoint::patterns(reader, &v),
+        Some(v) => reader.patterns(
+            &v,
+            "is empty, so no event would match; leave `events` out for all events, or name some",
+        ),
     };
     let format = reader
         .one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);

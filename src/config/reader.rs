@@ -22,6 +22,7 @@ use super::{
     spelling::distance,
     variables::interpolate,
 };
+use crate::event::Pattern;
 
 /// Reads values, and collects the problems.
 pub(super) struct Reader<'e> {
@@ -285,6 +286,21 @@ impl<'e> Reader<'e> {
             return None;
         };
         interpolate(text, self.env).map_err(|why| self.report(value, why)).ok()
+    }
+
+    /// Topic patterns, at least one.
+    pub(super) fn patterns(&self, value: &Value<'_>, if_empty: &str) -> Option<Vec<Pattern>> {
+        let items = self.array(value)?;
+        if items.is_empty() {
+            self.report(value, if_empty);
+            return None;
+        }
+        let pattern = |item: &Value<'_>| {
+            let text = self.string(item)?;
+            Pattern::try_new(&text).map_err(|why| self.report(item, why)).ok()
+        };
+        let patterns: Vec<Pattern> = items.iter().filter_map(pattern).collect();
+        (patterns.len() == items.len()).then_some(patterns)
     }
 
     pub(super) fn is_string(value: &Value<'_>) -> bool {

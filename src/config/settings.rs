@@ -6,9 +6,12 @@ use ipnet::IpNet;
 use url::Url;
 
 use super::subscriber::Subscribers;
-use crate::crypto::{
-    seal::SealKey,
-    secret::{Secret, SecretUrl},
+use crate::{
+    crypto::{
+        seal::SealKey,
+        secret::{Secret, SecretUrl},
+    },
+    event::Pattern,
 };
 
 /// The commented default configuration, every key in it.
@@ -81,6 +84,8 @@ pub struct QueueConfig {
     pub backend: Backend,
     /// Set for every backend: after a change of `url`, events may still wait in the embedded queue.
     pub embedded: EmbeddedConfig,
+    /// The RabbitMQ that events come through into the embedded queue.
+    pub intake: Option<Box<IntakeConfig>>,
 }
 
 /// The queue that `queue.url` names.
@@ -114,6 +119,15 @@ pub struct AmqpConfig {
     pub has_store: bool,
     /// Whether subscribers are made over the API.
     pub manages: bool,
+}
+
+/// The keys of `[queue]` for a RabbitMQ that events come through into the embedded queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IntakeConfig {
+    /// Its URL, the source of the events, and the prefix.
+    pub amqp: AmqpConfig,
+    /// The patterns that the intake queue is bound to the exchange with; none with a source queue.
+    pub bind: Vec<Pattern>,
 }
 
 /// The source of events.

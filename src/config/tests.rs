@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     crypto::signature::Scheme,
+    event::Pattern,
     policy::{answer::Success, retry::Exhausted},
 };
 
@@ -603,6 +604,32 @@ fn the_queue_is_required_and_never_guessed() {
         ),
         ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
         (
+            "[queue]\nurl = \"amqp://x\"\nintake = \"amqp://x\"\n",
+            "h.toml:3:10: queue.intake: is for url = \"embedded\"",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\nintake = \"http://u:hunter2@x\"\n",
+            "h.toml:3:10: queue.intake: is not an amqp:// or amqps:// URL with a host; give",
+        ),
+        ("[queue]\nurl = \"embedded\"\nintake = \"\"\n", "queue.intake: is not an amqp"),
+        (
+            "[queue]\nurl = \"embedded\"\nbind = [\"a\"]\n",
+            "h.toml:3:8: queue.bind: is for `intake`",
+        ),
+        ("[queue]\nurl = \"amqp://x\"\nbind = [\"a\"]\n", "queue.bind: is for `intake`"),
+        (
+            "[queue]\nurl = \"embedded\"\nintake = \"amqp://x\"\nsource_queue = \"a\"\nbind = [\"a\"]\n",
+            "h.toml:5:8: queue.bind: cannot be combined with `source_queue`",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\nintake = \"amqp://x\"\nbind = []\n",
+            "queue.bind: is empty, so nothing would come in",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\nintake = \"amqp://x\"\nbind = [\"a*\"]\n",
+            "queue.bind[0]: `a*` mixes",
+        ),
+        (
             "[queue]\nurl = \"amqp://x\"\nmanagement_url = \"u:hunter2@x:15672\"\n",
             "queue.management_url: is not the URL",
         ),
@@ -614,6 +641,39 @@ fn the_queue_is_required_and_never_guessed() {
         let found = problems(text);
         assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
     }
+}
+
+#[test]
+fn a_broker_before_the_embedded_queue_takes_the_keys_of_rabbitmq_and_its_url_is_not_shown() {
+    let of = |keys: &str| {
+        let text =
+            format!("[queue]\nurl = \"embedded\"\nintake = \"amqp://u:hunter2@b/v\"\n{keys}");
+        load_text(&text).unwrap_or_else(|e| panic!("{keys}: {e:?}"))
+    };
+    let all = of("exchange = \"e\"\nprefix = \"p\"\nbind = [\"a.#\", \"b\"]\n");
+    assert_eq!(all.queue.backend, Backend::Embedded);
+    let intake = all.queue.intake.as_deref().expect("an intake");
+    assert_eq!(intake.amqp.intake, Intake::Exchange("e".to_owned()));
+    assert_eq!((&*intake.amqp.prefix, intake.amqp.url.expose().host_str()), ("p", Some("b")));
+    let bind: Vec<&str> = intake.bind.iter().map(Pattern::as_str).collect();
+    assert_eq!(bind, ["a.#", "b"]);
+    assert!(!format!("{all:?}").contains("hunter2"));
+    let bare = of("");
+    let intake = bare.queue.intake.as_deref().expect("an intake");
+    assert_eq!(
+        (&intake.bind[..], &intake.amqp.intake),
+        (&[Pattern::all()][..], &Intake::Exchange("audit".to_owned()))
+    );
+    let relayed = of("source_queue = \"q\"\n");
+    let intake = relayed.queue.intake.as_deref().expect("an intake");
+    assert_eq!(
+        (&intake.bind[..], &intake.amqp.intake),
+        (&[][..], &Intake::SourceQueue("q".to_owned()))
+    );
+    assert_eq!(
+        load_text("[queue]\nurl = \"embedded\"\nexchange = \"e\"\n").expect("valid").queue.intake,
+        None
+    );
 }
 
 #[test]

@@ -27,6 +27,8 @@
 //! - `relay`: the source queue; `orphans`: their sweep; `intake`: new events
 //! - `waiting`: batches that wait for their next attempt; `dead`: dead letters and orphans
 //! - `depths`: numbers of messages; `doctor`: what can lose or hold up events
+//! - `line`: consumers that wait for a queue one behind the other; `scribe`: moves events into the
+//!   embedded queue
 //! - `repair`, `prune`: deletes and redeclares broken queues; deletes queues that are not needed
 //!   any more
 
@@ -46,6 +48,7 @@ mod history_queue;
 mod history_state;
 mod intake;
 mod ladder;
+mod line;
 mod management;
 mod matching;
 mod message;
@@ -61,6 +64,7 @@ mod relay;
 mod repair;
 mod requests;
 mod restore;
+mod scribe;
 mod shared;
 mod snapshot;
 mod state_stream;
@@ -89,10 +93,12 @@ use self::{
 pub use self::{
     consumer::{Settler, Source},
     dead::DeadLetters,
+    doctor::inspect_intake,
     history_feed::History,
     ladder::{Hold, hold},
     repair::Repaired,
-    topology::{CONSUMER_TIMEOUT, Footprint, footprint},
+    scribe::Scribe,
+    topology::{CONSUMER_TIMEOUT, Footprint, footprint, intake_footprint},
 };
 use crate::{
     clock,

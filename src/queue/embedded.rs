@@ -14,6 +14,7 @@
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
 //! - `trim`: deletes what nothing needs any more
+//! - `append`: stores events that come through a broker
 //! - `history`: the log as the source of history; `feed`: hands its events over
 //! - `doctor`: what can lose or hold up events
 //!
@@ -21,6 +22,7 @@
 //! stored: each change of them begins another segment of the log. An event that matches no
 //! subscriber is stored for history alone, if there is one.
 
+mod append;
 mod backlog;
 mod consumer;
 mod dead;
@@ -41,13 +43,20 @@ mod waiting;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
+pub use self::{
+    append::{Appended, Delivered, Inflow},
+    consumer::{Settler, Source},
+    dead::DeadLetters,
+    feed::History,
+    history::{HistoryPosition, Log},
+};
 use self::{
     backlog::{backlogs, depths},
     consumer::{LaneRef, Unsettled},
@@ -57,12 +66,6 @@ use self::{
     segments::Segments,
     store::{Access, Store},
     trim::Replayed,
-};
-pub use self::{
-    consumer::{Settler, Source},
-    dead::DeadLetters,
-    feed::History,
-    history::{HistoryPosition, Log},
 };
 use crate::{
     clock,
@@ -75,7 +78,7 @@ use crate::{
         QueueError, Removals, ReplayFloor, WaitingList, Window,
     },
     store::EventNumber,
-    telemetry::finding::Finding,
+    telemetry::{finding::Finding, troubles::Troubles},
 };
 
 /// Time between two polls for commits of other processes: `publish` and `dead` alongside a daemon.
@@ -111,6 +114,8 @@ struct Inner {
     prepared: Mutex<BTreeSet<SubscriberName>>,
     /// The latest session of each subscriber.
     lanes: Mutex<BTreeMap<SubscriberName, LaneRef>>,
+    /// Brings events from elsewhere, alongside the lanes.
+    inflow: OnceLock<Arc<dyn Inflow>>,
 }
 
 impl EmbeddedQueue {
@@ -170,6 +175,7 @@ impl EmbeddedQueue {
             removals,
             prepared,
             lanes,
+            inflow: OnceLock::new(),
         })))
     }
 
@@ -370,8 +376,15 @@ impl Queue for EmbeddedQueue {
     async fn background(
         &self,
         subscribers: watch::Receiver<Subscribers>,
-        mut stopping: watch::Receiver<bool>,
+        stopping: watch::Receiver<bool>,
     ) {
+        let mut ends = stopping.clone();
+        // It ends by itself: what it has taken it stores first.
+        let inflow = async {
+            if let Some(inflow) = self.0.inflow.get() {
+                inflow.run(self.clone(), stopping.clone()).await;
+            }
+        };
         // Each step is a transaction.
         let tasks = async {
             tokio::join!(
@@ -383,10 +396,13 @@ impl Queue for EmbeddedQueue {
                 self.check_place()
             )
         };
-        tokio::select! {
-            _ = stopping.wait_for(|stops| *stops) => {}
-            _ = tasks => {}
-        }
+        let tasks = async {
+            tokio::select! {
+                _ = ends.wait_for(|stops| *stops) => {}
+                _ = tasks => {}
+            }
+        };
+        tokio::join!(inflow, tasks);
     }
 
     async fn close(&self) {
@@ -473,6 +489,11 @@ impl Queue for EmbeddedQueue {
 
     fn is_reachable(&self) -> bool {
         !self.store().place().is_lost()
+    }
+
+    fn troubles(&self) -> watch::Receiver<Troubles> {
+        let inflow = self.0.inflow.get();
+        inflow.map_or_else(|| watch::Sender::default().subscribe(), |inflow| inflow.troubles())
     }
 
     fn is_behind(&self) -> bool {
@@ -640,7 +661,11 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        Ok(doctor::inspect(self, subscribers).await)
+        let mut findings = doctor::inspect(self, subscribers).await;
+        if let Some(inflow) = self.0.inflow.get() {
+            findings.extend(inflow.inspect().await);
+        }
+        Ok(findings)
     }
 }
 

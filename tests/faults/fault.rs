@@ -155,6 +155,21 @@ impl Fault {
     const EMBEDDED: [Self; 5] =
         [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
 
+    const INTAKE: [Self; 12] = [
+        Self::Clock,
+        Self::DiskFails,
+        Self::DiskFails,
+        Self::Locked,
+        Self::TakeOver,
+        Self::Cut,
+        Self::Cut,
+        Self::HalfClose,
+        Self::Weather,
+        Self::Weather,
+        Self::CloseAllConnections,
+        Self::Alarm,
+    ];
+
     /// The faults that a round of this seed begins with; `wanted` names others instead.
     pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
         if let Some(wanted) = wanted {
@@ -171,7 +186,7 @@ impl Fault {
             return wanted.split(',').map(named).collect();
         }
         let (all, first): (&[Self], u64) = match place {
-            Place::Embedded(_) => (&Self::DEALT_EMBEDDED, 0),
+            Place::Embedded(_) | Place::Intake { .. } => (&Self::DEALT_EMBEDDED, 0),
             Place::Broker { .. } if calm => (&Self::DEALT_EMBEDDED, 0),
             Place::Broker { others, .. } if !others.is_empty() => (&Self::DEALT, 4),
             Place::Broker { source_queue: true, .. } => (&Self::DEALT, 2),
@@ -186,8 +201,11 @@ impl Fault {
     }
 
     pub(crate) fn draw(place: &Place, rng: &mut StdRng) -> Self {
-        let own: &[Self] =
-            if matches!(place, Place::Embedded(_)) { &Self::EMBEDDED } else { &Self::BROKER };
+        let own: &[Self] = match place {
+            Place::Broker { .. } => &Self::BROKER,
+            Place::Embedded(_) => &Self::EMBEDDED,
+            Place::Intake { .. } => &Self::INTAKE,
+        };
         // It takes the longest by far.
         let often = match place.nodes().len() {
             0 => 0.0,
@@ -195,7 +213,8 @@ impl Fault {
             _ => 0.3,
         };
         if rng.random_bool(often) {
-            let young = place.nodes().len() == 1 && rng.random_bool(0.4);
+            let on_a_node = matches!(place, Place::Broker { others, .. } if others.is_empty());
+            let young = on_a_node && rng.random_bool(0.4);
             return if young { Self::HistoryQueueYoung } else { Self::KillBroker };
         }
         if rng.random_bool(0.15) {

@@ -50,6 +50,7 @@ tests_that_need!(
     mixed_faults_on_rabbitmq_lose_nothing,
     mixed_faults_with_a_source_queue_lose_nothing,
     mixed_faults_on_a_cluster_lose_nothing,
+    mixed_faults_with_an_intake_lose_nothing,
 );
 
 /// A number from the environment.
@@ -85,7 +86,7 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         let mut rng = StdRng::seed_from_u64(seed);
         let place = place(&mut rng).await;
         let mut shape = shape(&mut rng);
-        if matches!(place, Place::Embedded(_)) {
+        if place.embedded().is_some() {
             shape.daemons = 1;
         }
         let mut world = World::new(place, shape, &Kind::ALL, &mut rng).await;
@@ -233,6 +234,34 @@ fn mixed_faults_on_a_cluster_lose_nothing() {
         let mut nodes = Node::cluster(3, &impatient()).await;
         let first = Arc::new(Broker::on(nodes.remove(0)));
         on_a_broker("cluster", first, Arc::new(nodes), false).await;
+    });
+}
+
+/// Declares the intake queue of a broker before the embedded queue, and waits: younger it may not
+/// survive a kill -9 of the broker.
+pub(crate) async fn prepare_intake(broker: &Arc<Broker>) {
+    let place = Place::Intake { broker: broker.clone(), queue: Embedded::new() };
+    let shape = Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 };
+    let mut world = World::new(place, shape, &Kind::ALL, &mut StdRng::seed_from_u64(0)).await;
+    world.spawn(0, None);
+    world.wait_running(0).await;
+    support::eventually("the intake queue is declared", async || {
+        broker.depth("intake").await.is_some()
+    })
+    .await;
+    tokio::time::sleep(SETTLING).await;
+    world.stop(0).await;
+}
+
+fn mixed_faults_with_an_intake_lose_nothing() {
+    run(async {
+        let broker = impatient_broker().await;
+        prepare_intake(&broker).await;
+        let place =
+            async |_: &mut StdRng| Place::Intake { broker: broker.clone(), queue: Embedded::new() };
+        rounds("intake", setting("HOOKTRAIL_FAULTS_ROUNDS", 2), place).await;
+        let left = broker.node().ctl(&["list_connections", "client_properties"]);
+        assert!(!left.contains("hooktrail"), "{left}");
     });
 }
 

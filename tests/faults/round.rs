@@ -526,7 +526,10 @@ impl<'w> Round<'w> {
             let count = ledger.unmatched.len();
             complaints.push(format!("{count} events from {first} on reached no subscriber, though no binding had been taken away"));
         }
-        if matches!(self.world.place, Place::Broker { source_queue: true, .. }) {
+        if matches!(
+            self.world.place,
+            Place::Broker { source_queue: true, .. } | Place::Intake { .. }
+        ) {
             excuse_what_was_relayed_twice(&mut verdicts);
         }
         for d in &self.disturbances {
@@ -539,7 +542,7 @@ impl<'w> Round<'w> {
 
     /// What the store of a daemon has of this round.
     async fn remembered(&self, daemon: usize, seen: &[Seen]) -> Result<Remembered, StoreError> {
-        let is_log = matches!(self.world.place, Place::Embedded(_));
+        let is_log = self.world.place.embedded().is_some();
         let accepted = seen.iter().flat_map(|s| &s.requests).filter(|r| r.status < 300);
         let ids: BTreeSet<&str> = accepted.map(Request::id).collect();
         let data_dir = self.world.data_dir(daemon);
@@ -592,9 +595,11 @@ impl<'w> Round<'w> {
         }
         let repeats = match &self.world.place {
             Place::Embedded(_) => Repeats::No,
-            Place::Broker { .. } if self.disturbances.is_empty() => Repeats::No,
+            Place::Broker { .. } | Place::Intake { .. } if self.disturbances.is_empty() => {
+                Repeats::No
+            }
             Place::Broker { source_queue: true, .. } => Repeats::All,
-            Place::Broker { .. } => Repeats::WithoutId,
+            Place::Broker { .. } | Place::Intake { .. } => Repeats::WithoutId,
         };
         let disturbances = std::mem::take(&mut self.disturbances);
         let known = Known { ledger, seen, disturbances: &disturbances, repeats, blur: self.blur };

@@ -11,7 +11,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
     environment::Environment,
-    impatient_broker, prepare,
+    impatient_broker, prepare, prepare_intake,
     remembered::{NUMBERS, reach},
     round::Round,
     subscribers::Kind,
@@ -30,6 +30,7 @@ tests_that_need!(
     broker:
     a_daemon_that_is_killed_when_it_has_declared_the_witness_has_recorded_what_history_lacks,
     a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing,
+    a_daemon_that_is_killed_at_any_step_of_its_scribe_loses_nothing,
     a_daemon_that_is_killed_at_any_step_of_its_store_on_a_broker_loses_nothing_and_history_says_what_it_lacks,
     a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again,
 );
@@ -47,6 +48,9 @@ const ON_A_BROKER: [Step; 7] = [
 
 pub(crate) const EMBEDDED: [Step; 5] =
     [Step::Attempting, Step::Answered, Step::Committing, Step::Committed, Step::Stored];
+
+/// At these a scribe can be killed.
+pub(crate) const SCRIBE: [Step; 3] = [Step::Taken, Step::Scribed, Step::Acked];
 
 /// At these a daemon with a store can be killed, on either queue.
 pub(crate) const OF_THE_STORE: [Step; 6] = [
@@ -122,6 +126,17 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
         let place = on(&second, true);
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         dies_at("rabbitmq", place(), Step::Relayed, passed(Step::Relayed)).await;
+    });
+}
+
+fn a_daemon_that_is_killed_at_any_step_of_its_scribe_loses_nothing() {
+    run(async {
+        let broker = impatient_broker().await;
+        prepare_intake(&broker).await;
+        for step in SCRIBE {
+            let place = Place::Intake { broker: broker.clone(), queue: Embedded::new() };
+            dies_at("intake", place, step, passed(step)).await;
+        }
     });
 }
 

@@ -53,9 +53,22 @@ pub(crate) enum Place {
         stores: Arc<TempDir>,
     },
     Embedded(Embedded),
+    /// The embedded queue of one daemon, and a private node that events come through.
+    Intake {
+        broker: Arc<Broker>,
+        queue: Embedded,
+    },
 }
 
 impl Place {
+    /// The embedded queue, if events wait there.
+    pub(crate) fn embedded(&self) -> Option<&Embedded> {
+        match self {
+            Self::Broker { .. } => None,
+            Self::Embedded(queue) | Self::Intake { queue, .. } => Some(queue),
+        }
+    }
+
     pub(crate) fn node(&self) -> Option<&Node> {
         self.nodes().first().copied()
     }
@@ -65,6 +78,7 @@ impl Place {
             Self::Broker { broker, others, .. } => {
                 std::iter::once(broker.node()).chain(others.iter()).collect()
             }
+            Self::Intake { broker, .. } => vec![broker.node()],
             Self::Embedded(_) => Vec::new(),
         }
     }
@@ -152,7 +166,7 @@ impl World {
     pub(crate) fn data_dir(&self, n: usize) -> PathBuf {
         match &self.place {
             Place::Broker { stores, .. } => stores.path().join(n.to_string()),
-            Place::Embedded(embedded) => embedded.data_dir(),
+            Place::Embedded(queue) | Place::Intake { queue, .. } => queue.data_dir(),
         }
     }
 
@@ -179,7 +193,13 @@ impl World {
                     network.port, broker.prefix
                 )
             }
-            (Place::Broker { .. }, None) => unreachable!("a broker has a network"),
+            (Place::Intake { broker, .. }, Some(network)) => format!(
+                "url = \"embedded\"\nintake = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\nexchange = \"{}\"\n",
+                network.port, broker.prefix, broker.exchange
+            ),
+            (Place::Broker { .. } | Place::Intake { .. }, None) => {
+                unreachable!("a broker has a network")
+            }
         };
         self.write_included(&self.tables(without));
         // A reload changes the batches too: events gathered for one must not be forgotten.
@@ -318,7 +338,8 @@ max_open_for = \"2s\"
 
     /// Waits until history gets each event that is published from now on.
     pub(crate) async fn wait_remembering(&mut self, n: usize) {
-        let Some(daemon) = self.daemons[n].as_ref().filter(|_| self.network.is_some()) else {
+        let on_a_broker = matches!(self.place, Place::Broker { .. });
+        let Some(daemon) = self.daemons[n].as_ref().filter(|_| on_a_broker) else {
             return;
         };
         daemon.wait_log("every event goes into history").await;
@@ -361,7 +382,7 @@ max_open_for = \"2s\"
                 daemon
             })
         };
-        if let Place::Embedded(_) = self.place {
+        if self.place.embedded().is_some() {
             self.keep_log(kill(old));
             self.spawn(n, None);
         } else {
@@ -432,7 +453,7 @@ max_open_for = \"2s\"
         let mut left = Vec::new();
         let names: Vec<String> = self.subscribers.iter().map(|s| s.kind.name()).collect();
         match &self.place {
-            Place::Embedded(embedded) => {
+            Place::Embedded(embedded) | Place::Intake { queue: embedded, .. } => {
                 let depths = embedded.open().everything().await.unwrap_or_else(|e| panic!("{e}"));
                 for (name, depth) in
                     depths.subscribers.iter().filter(|(n, _)| names.contains(&n.to_string()))
@@ -444,6 +465,12 @@ max_open_for = \"2s\"
                         if count > 0 {
                             left.push((format!("{name}: {what}"), count as u32));
                         }
+                    }
+                }
+                if let Place::Intake { broker, .. } = &self.place {
+                    let waiting = broker.depth("intake").await.expect("the intake queue");
+                    if waiting > 0 {
+                        left.push(("the intake queue".to_owned(), waiting));
                     }
                 }
             }
@@ -489,7 +516,9 @@ max_open_for = \"2s\"
             Place::Broker { broker, .. } => {
                 broker.take_all(&format!("sub.{}.dead", kind.name())).await
             }
-            Place::Embedded(embedded) => embedded.take_dead(&kind.name()).await,
+            Place::Embedded(queue) | Place::Intake { queue, .. } => {
+                queue.take_dead(&kind.name()).await
+            }
         }
     }
 
@@ -504,6 +533,10 @@ max_open_for = \"2s\"
                 } else {
                     (broker.exchange.clone(), TYPE.to_owned())
                 };
+                Way::Amqp { url: broker.url.clone(), target, open: Box::default() }
+            }
+            Place::Intake { broker, .. } => {
+                let target = (broker.exchange.clone(), TYPE.to_owned());
                 Way::Amqp { url: broker.url.clone(), target, open: Box::default() }
             }
             Place::Embedded(embedded) => Way::Embedded(embedded.config()),

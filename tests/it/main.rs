@@ -73,6 +73,7 @@ mod queues {
         mod history;
         mod history_connection;
         mod history_gaps;
+        mod scribe;
         mod topology;
         mod upkeep;
     }

@@ -241,7 +241,9 @@ pub(super) fn footprint(config: &Config) -> Option<Footprint> {
             matches!(amqp.intake, Intake::SourceQueue(_)),
             amqp.keeps_history,
         )),
-        Backend::Embedded => None,
+        Backend::Embedded => {
+            config.queue.intake.as_ref().map(|intake| amqp::intake_footprint(&intake.amqp.intake))
+        }
     }
 }
 

@@ -47,7 +47,7 @@ pub(super) fn as_text(
         ));
         line(String::new());
     }
-    if let Some(footprint) = footprint(config) {
+    if let Some(footprint) = footprint(config).filter(|footprint| footprint.queues > 0) {
         line(in_the_broker(footprint, config.subscribers.len()));
         line(String::new());
     }
@@ -59,6 +59,15 @@ fn in_the_broker(
     Footprint { queues, shared, descriptors, connections }: Footprint,
     subscribers: usize,
 ) -> String {
+    if queues == shared {
+        // They come through it into the embedded queue.
+        return format!(
+            "in RabbitMQ: {}, whatever the number of subscribers, which takes about {} file descriptors of each node; and {} of each daemon",
+            counted(queues, "queue(s)"),
+            grouped(descriptors as u64),
+            counted(connections, "connection(s)")
+        );
+    }
     format!(
         "in RabbitMQ: {} (3 for each of {}, {} for all), which take about {} file descriptors of each node; and {} of each daemon",
         counted(queues, "queue(s)"),
@@ -322,6 +331,14 @@ mod tests {
             (922, 2766, 12)
         );
         assert!(!text(&loaded(EMBEDDED, "")).contains("RabbitMQ: "));
+        let through = format!("{EMBEDDED}\nintake = \"amqp://127.0.0.1\"");
+        let before = text(&loaded(&through, ""));
+        assert!(
+            before.contains("in RabbitMQ: 1 queue, whatever the number of subscribers, which takes about 3 file descriptors of each node; and 1 connection of each daemon"),
+            "{before}"
+        );
+        let of_another = format!("{through}\nsource_queue = \"q\"");
+        assert!(!text(&loaded(&of_another, "")).contains("RabbitMQ: "));
     }
 
     #[test]

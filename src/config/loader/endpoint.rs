@@ -22,7 +22,6 @@ use crate::{
         tls::{self, BadIdentity, Identity, TlsPolicy},
     },
     delivery::SubscriberName,
-    event::Pattern,
 };
 
 pub(super) fn name(
@@ -105,23 +104,6 @@ pub(super) fn url(
         reader.report(&value, format!("its address is not a public one ({what}); {remedy}"));
     }
     (scheme_ok && blocked.is_none()).then(|| SecretUrl::new(url))
-}
-
-pub(super) fn patterns(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Pattern>> {
-    let items = reader.array(value)?;
-    if items.is_empty() {
-        reader.report(
-            value,
-            "is empty, so no event would match; leave `events` out for all events, or name some",
-        );
-        return None;
-    }
-    let pattern = |item: &Value<'_>| {
-        let text = reader.string(item)?;
-        Pattern::try_new(&text).map_err(|why| reader.report(item, why)).ok()
-    };
-    let patterns: Vec<Pattern> = items.iter().filter_map(pattern).collect();
-    (patterns.len() == items.len()).then_some(patterns)
 }
 
 pub(super) fn headers(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<(HeaderName, Secret)>> {

@@ -9,10 +9,11 @@ use crate::{
         document::{Section, Value},
         keys,
         reader::Reader,
-        settings::{AmqpConfig, Backend, EmbeddedConfig, Intake, QueueConfig},
+        settings::{AmqpConfig, Backend, EmbeddedConfig, Intake, IntakeConfig, QueueConfig},
         spelling::nearness,
     },
     crypto::secret::SecretUrl,
+    event::Pattern,
 };
 
 const MISSING: &str = "is required: \"embedded\", or the URL of a RabbitMQ, such as \"amqp://user:password@127.0.0.1:5672/%2f\"";
@@ -31,26 +32,73 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
         None => Some(Duration::from_secs(7 * 24 * 3600)),
         Some(v) => reader.duration(&v, None),
     };
-    let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention?, history: None };
     let management_url = match section.get("management_url") {
         None => Some(None),
         Some(v) => management_url(reader, &v).map(|url| Some(Box::new(url))),
     };
+    let through = match section.get("intake") {
+        None => Some(None),
+        Some(value) => through(reader, &value, &url).map(Some),
+    };
+    let bind = bind(reader, &section, &intake);
+    let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention?, history: None };
     let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
-    let backend = url?.map_or(Backend::Embedded, |url| {
-        // Known once all tables are read.
-        let (keeps_history, has_store, manages) = (false, false, false);
-        Backend::Amqp(AmqpConfig {
-            url,
-            intake,
-            prefix,
-            management_url,
-            keeps_history,
-            has_store,
-            manages,
-        })
-    });
-    Some(QueueConfig { backend, embedded })
+    let (url, through, bind) = (url?, through?, bind?);
+    // Known once all tables are read.
+    let (keeps_history, has_store, manages) = (false, false, false);
+    let amqp =
+        |url| AmqpConfig { url, intake, prefix, management_url, keeps_history, has_store, manages };
+    let (backend, intake) = match (url, through) {
+        (Some(url), _) => (Backend::Amqp(amqp(url)), None),
+        (None, Some(url)) => {
+            (Backend::Embedded, Some(Box::new(IntakeConfig { amqp: amqp(url), bind })))
+        }
+        (None, None) => (Backend::Embedded, None),
+    };
+    Some(QueueConfig { backend, embedded, intake })
+}
+
+/// The URL of the RabbitMQ that events come through into the embedded queue.
+fn through(
+    reader: &Reader<'_>,
+    value: &Value<'_>,
+    queue: &Option<Option<SecretUrl>>,
+) -> Option<SecretUrl> {
+    let text = reader.string(value)?;
+    let Some(url) = broker(&text) else {
+        // Not quoted: the text may contain a password.
+        reader.report(value, "is not an amqp:// or amqps:// URL with a host; give the URL of the RabbitMQ that events come through, or leave `intake` out");
+        return None;
+    };
+    if matches!(queue, Some(Some(_))) {
+        reader.report(value, "is for url = \"embedded\": with the URL of a RabbitMQ events wait in its queues; set `url` to \"embedded\", or remove `intake`");
+        return None;
+    }
+    Some(url)
+}
+
+/// The patterns that the intake queue is bound with.
+fn bind(
+    reader: &Reader<'_>,
+    section: &Section<'_>,
+    intake: &Option<Intake>,
+) -> Option<Vec<Pattern>> {
+    let source_queue = matches!(intake, Some(Intake::SourceQueue(_)));
+    let Some(value) = section.get("bind") else {
+        return Some(if source_queue { Vec::new() } else { vec![Pattern::all()] });
+    };
+    let wrong = if section.get("intake").is_none() {
+        "is for `intake`: it says what of the exchange goes into the embedded queue; set `intake`, or remove `bind`"
+    } else if source_queue {
+        "cannot be combined with `source_queue`, whose owner binds it; remove one of the two"
+    } else {
+        return reader.patterns(
+            &value,
+            "is empty, so nothing would come in; leave `bind` out for all events, or name some",
+        );
+    };
+    reader.report(&value, wrong);
+    None
 }
 
 /// The URL of RabbitMQ; `Some(None)` for the embedded queue.
@@ -63,11 +111,8 @@ fn url(reader: &Reader<'_>, section: &Section<'_>) -> Option<Option<SecretUrl>> 
     if text == "embedded" {
         return Some(None);
     }
-    let is_amqp = |url: &Url| {
-        matches!(url.scheme(), "amqp" | "amqps") && url.host_str().is_some_and(|h| !h.is_empty())
-    };
-    if let Some(url) = text.parse().ok().filter(is_amqp) {
-        return Some(Some(SecretUrl::new(url)));
+    if let Some(url) = broker(&text) {
+        return Some(Some(url));
     }
     // Not quoted: the text may contain a password.
     let why = if text.is_empty() {
@@ -80,6 +125,14 @@ fn url(reader: &Reader<'_>, section: &Section<'_>) -> Option<Option<SecretUrl>> 
     };
     reader.report(&value, why);
     None
+}
+
+/// The URL of a RabbitMQ; `None` if the text is none.
+fn broker(text: &str) -> Option<SecretUrl> {
+    let is_amqp = |url: &Url| {
+        matches!(url.scheme(), "amqp" | "amqps") && url.host_str().is_some_and(|h| !h.is_empty())
+    };
+    text.parse().ok().filter(is_amqp).map(SecretUrl::new)
 }
 
 fn intake(reader: &Reader<'_>, section: &Section<'_>) -> Option<Intake> {

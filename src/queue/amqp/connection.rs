@@ -43,6 +43,8 @@ pub(super) enum Role {
     Relaying,
     /// Requests that the broker may refuse, so that a refusal disturbs no delivery.
     Declaring,
+    /// All that the scribe does.
+    Intake,
 }
 
 impl Role {
@@ -52,6 +54,7 @@ impl Role {
             Self::Publishing => "publishing",
             Self::Relaying => "relaying",
             Self::Declaring => "declaring",
+            Self::Intake => "intake",
         }
     }
 
@@ -60,7 +63,7 @@ impl Role {
         let harms = match self {
             // Without these no lane takes anything: it declares its queues, and consumes them.
             Self::Consuming | Self::Declaring => Harms::Lanes,
-            Self::Publishing | Self::Relaying => Harms::Queue,
+            Self::Publishing | Self::Relaying | Self::Intake => Harms::Queue,
         };
         ReportedOutage::new(self.connection(), harms, troubles)
     }
@@ -81,7 +84,15 @@ impl Role {
     const fn frame_max(self) -> u32 {
         match self {
             Self::Declaring => 8 * 1024,
-            Self::Consuming | Self::Publishing | Self::Relaying => 128 * 1024,
+            Self::Consuming | Self::Publishing | Self::Relaying | Self::Intake => 128 * 1024,
+        }
+    }
+
+    /// The key of the configuration with the URL of the broker.
+    const fn key(self) -> &'static str {
+        match self {
+            Self::Intake => "[queue] intake",
+            Self::Consuming | Self::Publishing | Self::Relaying | Self::Declaring => "[queue] url",
         }
     }
 }
@@ -221,7 +232,7 @@ pub(super) async fn greeted(
     };
     let invalid = || {
         Why::new(
-            "[queue] url is not a valid AMQP URL",
+            format!("{} is not a valid AMQP URL", role.key()),
             "write it as amqp://USER:PASSWORD@HOST:5672/VHOST",
         )
     };
@@ -233,6 +244,7 @@ pub(super) async fn greeted(
         host: uri.authority.host.clone(),
         vhost: uri.vhost.clone(),
         user: uri.authority.userinfo.username.clone(),
+        key: role.key(),
     };
     let name = format!("hooktrail {} {}", env!("CARGO_PKG_VERSION"), role.name());
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
@@ -261,6 +273,8 @@ struct Whom {
     host: String,
     vhost: String,
     user: String,
+    /// The key with the URL.
+    key: &'static str,
 }
 
 /// Why there is no connection, and the remedy.
@@ -280,13 +294,13 @@ impl Why {
 /// causes.
 fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     let text = BrokerError::from(e).text;
-    let Whom { host, vhost, user } = whom;
+    let Whom { host, vhost, user, key } = whom;
     let (v, u) = (shell_word(vhost), shell_word(user));
     if text.contains("ACCESS_REFUSED") {
         let why = format!("the broker refused user name or password: {text}");
         return Why::new(
             why,
-            format!("check [queue] url; rabbitmqctl authenticate_user {u}; rabbitmqctl list_users"),
+            format!("check {key}; rabbitmqctl authenticate_user {u}; rabbitmqctl list_users"),
         );
     }
     if text.contains("NOT_ALLOWED") {
@@ -317,7 +331,7 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     if has(&["lookup address", "resolve"]) {
         return Why::new(
             text,
-            format!("check the name `{host}` in [queue] url: getent hosts {}", shell_word(host)),
+            format!("check the name `{host}` in {key}: getent hosts {}", shell_word(host)),
         );
     }
     if has(&["Connection refused"]) {
@@ -335,7 +349,7 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
 }
 
 /// The broker knows the user and refuses the connection, for one of several reasons.
-fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
+fn not_allowed(text: &str, Whom { vhost, user, key, .. }: &Whom) -> Why {
     let (v, u) = (shell_word(vhost), shell_word(user));
     if vhost.is_empty() {
         return Why::new(text, "the default vhost is written %2f, as in amqp://host:5672/%2f");
@@ -350,7 +364,7 @@ fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
     }
     if text.contains("not found") {
         let remedy = format!(
-            "rabbitmqctl add_vhost {v}, or correct the path of [queue] url; rabbitmqctl list_vhosts"
+            "rabbitmqctl add_vhost {v}, or correct the path of {key}; rabbitmqctl list_vhosts"
         );
         return Why::new(format!("there is no vhost `{vhost}`: {text}"), remedy);
     }

@@ -4,25 +4,37 @@
 
 mod broker;
 mod inspection;
+mod intake;
 mod judge;
 mod management;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use lapin::uri::AMQPUri;
+use tokio::{sync::watch, time::timeout};
 
 use self::{inspection::Inspection, judge::in_the_clear};
 use super::{
+    connection::{Dialer, Role},
     management::{Management, Row},
+    pool::Pool,
+    requests::Broker,
     shared::Shared,
     topology::{QueueRole, Topology},
 };
 use crate::{
-    config::Subscriber,
+    clock,
+    config::{AmqpConfig, Subscriber},
     delivery::SubscriberName,
     queue::QueueError,
-    telemetry::finding::{Finding, summarized},
+    telemetry::{
+        finding::{Finding, summarized},
+        metrics::Metrics,
+    },
 };
+
+/// Timeout of the inspection of a broker before the embedded queue.
+const INTAKE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// # Errors
 /// The broker cannot be reached.
@@ -38,21 +50,12 @@ pub(super) async fn inspect(
         .as_str()
         .parse()
         .map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
-    let mut inspection = Inspection {
-        topology,
-        subscribers,
-        uri,
-        version: None,
-        there: BTreeSet::new(),
-        missing: 0,
-        consumed: false,
-        idle: Vec::new(),
-        findings: Vec::new(),
-    };
+    let mut inspection = Inspection::new(topology, subscribers, uri);
     inspection.broker().await?;
     inspection.findings.extend(in_the_clear(topology.url()));
     inspection.permissions(&mut shared.broker()).await;
     inspection.queues(&mut shared.broker()).await;
+    inspection.left_intake(&mut shared.broker()).await;
     inspection.idle(shared).await;
     inspection.start(shared).await;
     let seen = inspection.management().await;
@@ -72,6 +75,42 @@ pub(super) async fn inspect(
     inspection.at_least_once(seen.as_ref()).await;
     inspection.hold();
     Ok(summarized(inspection.findings))
+}
+
+/// Inspects a broker that events come through into the embedded queue.
+pub async fn inspect_intake(config: &AmqpConfig) -> Vec<Finding> {
+    let topology = Topology::new(config.clone());
+    let Ok(uri) = topology.url().expose().as_str().parse() else {
+        return vec![Finding::harmful("[queue] intake", "is not a valid AMQP URL")];
+    };
+    let mut inspection = Inspection::new(&topology, &[], uri);
+    let inspected = async {
+        inspection.greeting().await?;
+        let dialer = Dialer::new(config.url.clone(), Metrics::new(clock::now()));
+        let pool = Pool::new(dialer, Role::Intake, &watch::Sender::default());
+        let mut broker = Broker::new(&pool);
+        inspection.intake(&mut broker, &topology).await;
+        drop(broker);
+        pool.close().await;
+        inspection.management().await;
+        Ok(())
+    };
+    if let Err(e) = timeout(INTAKE_TIMEOUT, inspected).await.unwrap_or_else(|_| Err(slow())) {
+        let finding = QueueError::to_finding(&e);
+        inspection.found(
+            Finding { about: vec!["[queue] intake".to_owned()], ..finding }.risking(
+                "no event comes in from there; what is in the embedded queue is delivered",
+            ),
+        );
+    }
+    summarized(inspection.findings)
+}
+
+fn slow() -> QueueError {
+    QueueError::new(format!(
+        "the broker did not answer all questions within {} s",
+        INTAKE_TIMEOUT.as_secs()
+    ))
 }
 
 /// Subscribers that have queues under the prefix, as far as the management API shows.

@@ -1,6 +1,9 @@
 //! Events, envelopes and dead letters as AMQP messages.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use lapin::{
@@ -101,6 +104,13 @@ pub(super) fn event(
 fn traceparent(p: &BasicProperties) -> Option<String> {
     let headers = Headers(p.headers().as_ref());
     headers.text(TRACEPARENT).ok().flatten().filter(|t| t.len() <= MAX_TRACEPARENT)
+}
+
+/// The message id and the trace context of an event's producer.
+pub(super) fn origin(p: &BasicProperties) -> (Option<String>, Option<Arc<str>>) {
+    // An empty id is none: two events that have it are no copies of one.
+    let id = owned(p.message_id()).filter(|id| !id.is_empty());
+    (id, traceparent(p).map(Into::into))
 }
 
 /// The properties of an event from a source queue, for the internal exchange: content type, message

@@ -145,7 +145,9 @@ impl Relay<'_> {
             };
             let first = first.map_err(|e| self.error(&e.into()))?;
             // Where the user may not declare the queue, only a message shows what it is.
-            if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &first).await? {
+            if !std::mem::replace(&mut is_known, true)
+                && is_of_stream(&lease, queue, &first).await.map_err(|why| self.error(&why))?
+            {
                 return Err(source_is_stream(queue));
             }
             let group = self.take(first, &mut consumer, sizes)?;
@@ -217,24 +219,6 @@ impl Relay<'_> {
         answer(lease.channel.basic_ack(tag, BasicAckOptions { multiple: true }))
             .await
             .map_err(|why| self.error(&why))
-    }
-
-    /// Whether the source is a stream: it marks each message with its offset, which a shovel may
-    /// have copied, and the broker counts none of its consumers.
-    async fn is_of_stream(&self, lease: &Lease, delivery: &Delivery) -> Result<bool, QueueError> {
-        if !delivery
-            .properties
-            .headers()
-            .as_ref()
-            .is_some_and(|headers| headers.contains_key("x-stream-offset"))
-        {
-            return Ok(false);
-        }
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let found =
-            answer(lease.channel.queue_declare(self.queue.into(), passive, FieldTable::default()))
-                .await;
-        Ok(found.map_err(|why| self.error(&why))?.consumer_count() == 0)
     }
 
     /// Publishes until each message is stored or unmatched; returns the number of unmatched ones.
@@ -344,6 +328,23 @@ impl Relay<'_> {
         handing_over.recovered();
         Ok(())
     }
+}
+
+/// Whether the source is a stream: it marks each message with its offset, which a shovel may have
+/// copied, and the broker counts none of its consumers.
+pub(super) async fn is_of_stream(
+    lease: &Lease,
+    queue: &str,
+    delivery: &Delivery,
+) -> Result<bool, BrokerError> {
+    let headers = delivery.properties.headers().as_ref();
+    if !headers.is_some_and(|headers| headers.contains_key("x-stream-offset")) {
+        return Ok(false);
+    }
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let found =
+        answer(lease.channel.queue_declare(queue.into(), passive, FieldTable::default())).await?;
+    Ok(found.consumer_count() == 0)
 }
 
 fn gone(message: &Message) -> QueueError {

@@ -58,7 +58,7 @@ impl Refused {
                  delete it when it is empty, or choose another [queue] prefix"
             )),
             Self::Forbidden(why) => QueueError::needs_operator(format!(
-                "{what} `{name}`: the user of [queue] url may not do this: {why}"
+                "{what} `{name}`: the user that hooktrail connects as may not do this: {why}"
             )),
             Self::Other(why) => QueueError::new(format!("{what} `{name}`: {why}")),
         }

@@ -58,6 +58,13 @@ pub fn footprint(subscribers: usize, relays: bool, history: bool) -> Footprint {
     Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
 }
 
+/// The resources of a broker before the embedded queue. With a source queue nothing is declared.
+pub fn intake_footprint(intake: &Intake) -> Footprint {
+    let queues = usize::from(matches!(intake, Intake::Exchange(_)));
+    let descriptors = DESCRIPTORS_PER_QUEUE * queues;
+    Footprint { queues, shared: queues, descriptors, connections: 1 }
+}
+
 /// The role of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum QueueRole<'n> {
@@ -68,6 +75,7 @@ pub(super) enum QueueRole<'n> {
     Orphans,
     State,
     History,
+    Intake,
 }
 
 impl Topology {
@@ -146,6 +154,11 @@ impl Topology {
         self.named("history")
     }
 
+    /// The queue of the events that go into the embedded queue.
+    pub(super) fn intake_queue(&self) -> String {
+        self.named("intake")
+    }
+
     pub(super) fn snapshot(&self) -> String {
         self.named("state.snapshot")
     }
@@ -209,6 +222,15 @@ impl Topology {
         ])
     }
 
+    /// The arguments of the [intake queue](Self::intake_queue): one daemon at a time takes from it, and
+    /// it loses no event, but refuses new ones where a policy of its owner limits it.
+    pub(super) fn intake_arguments(&self) -> FieldTable {
+        quorum(&[
+            ("x-single-active-consumer", AMQPValue::Boolean(true)),
+            ("x-overflow", text("reject-publish")),
+        ])
+    }
+
     /// The role that a queue's name says.
     pub(super) fn role<'n>(&self, queue: &'n str) -> Option<QueueRole<'n>> {
         let rest = queue.strip_prefix(&self.config.prefix)?.strip_prefix('.')?;
@@ -220,6 +242,7 @@ impl Topology {
             ["orphans"] => Some(QueueRole::Orphans),
             ["state"] => Some(QueueRole::State),
             ["history"] => Some(QueueRole::History),
+            ["intake"] => Some(QueueRole::Intake),
             _ => None,
         }
     }

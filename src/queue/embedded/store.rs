@@ -155,6 +155,15 @@ const MIGRATIONS: &[&str] = &[
     CREATE TRIGGER segment_deleted AFTER DELETE ON segment WHEN OLD.upto IS NULL
         BEGIN UPDATE log_state SET segments = random(); END;
 ",
+    "
+    -- The bindings of the queue that events come through, as this daemon has made them: AMQP lists none.
+    CREATE TABLE intake_binding (
+        queue TEXT NOT NULL,
+        exchange TEXT NOT NULL,
+        pattern TEXT NOT NULL,
+        PRIMARY KEY (queue, exchange, pattern)
+    ) WITHOUT ROWID;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).

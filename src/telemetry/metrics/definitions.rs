@@ -208,7 +208,7 @@ pub const ALL: &[Definition] = &[
     gauge(
         "broker_connections",
         &["role"],
-        "Open connections to the broker: consuming, publishing, relaying, declaring",
+        "Open connections to the broker: consuming, publishing, relaying, declaring; of the embedded queue: intake",
     ),
     counter(
         "broker_connects",
@@ -224,6 +224,16 @@ pub const ALL: &[Definition] = &[
         "events_relayed",
         &["result"],
         "Events of the source queue: routed, unmatched (no pattern matches them), invalid",
+    ),
+    counter(
+        "intake_events",
+        &["result"],
+        "Events that came through the RabbitMQ of `[queue] intake` into the embedded queue: stored, unmatched (no pattern matches them), known (redelivered, and stored before)",
+    ),
+    gauge(
+        "intake_queue_messages",
+        &[],
+        "Events that wait in the RabbitMQ of `[queue] intake`, without those that a daemon has taken; each 10 s",
     ),
     counter("config_reloads", &["result"], "Reloads of the configuration: success, failure"),
     gauge(

@@ -240,6 +240,15 @@ impl Metrics {
         self.counter("events_relayed", &[("result", result)]).inc_by(events);
     }
 
+    /// Counts events that came through a broker into the embedded queue.
+    pub fn taken_in(&self, result: &'static str, events: u64) {
+        self.counter("intake_events", &[("result", result)]).inc_by(events);
+    }
+
+    pub fn set_intake_waiting(&self, messages: u64) {
+        self.gauge("intake_queue_messages", &[]).set(messages as f64);
+    }
+
     /// The configuration was read, at the start or by a reload.
     pub fn configured(&self, subscribers: usize, now: SystemTime) {
         self.gauge("subscribers", &[]).set(subscribers as f64);
@@ -361,6 +370,8 @@ mod tests {
         m.connected("publishing", true);
         m.accepted(1, 2);
         m.relayed("routed", 1);
+        m.taken_in("stored", 1);
+        m.set_intake_waiting(1);
         m.set_held_removals(1);
         m.dropped_lines()(1);
         m.dropped_history("deliveries")(1);

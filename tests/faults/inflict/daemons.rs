@@ -9,9 +9,10 @@ use rand::RngExt as _;
 use crate::{
     fault::{Heal, Lasting},
     round::{NOTICED, Round},
-    steps::{EMBEDDED, OF_THE_STORE},
+    steps::{EMBEDDED, OF_THE_STORE, SCRIBE},
     subscribers::{Kind, pick},
     support::daemon::Daemon,
+    world::Place,
 };
 
 /// A pipe that takes no more has at least so much in it, of its 64 KiB. What has less and stands
@@ -53,7 +54,12 @@ impl Round<'_> {
 
     pub(super) fn have_it_die_at_a_step(&mut self, daemon: usize) {
         let embedded = [&EMBEDDED[..], &OF_THE_STORE].concat();
-        let steps: &[Step] = if self.world.network.is_none() { &embedded } else { &Step::ALL };
+        let through = [&embedded[..], &SCRIBE].concat();
+        let steps: &[Step] = match &self.world.place {
+            Place::Broker { .. } => &Step::ALL,
+            Place::Embedded(_) => &embedded,
+            Place::Intake { .. } => &through,
+        };
         let (step, after) = (*pick(steps, &mut self.rng), self.rng.random_range(0..30));
         self.log(&format!(
             "daemon {daemon} is killed and its successor dies at {step:?} after {after}"

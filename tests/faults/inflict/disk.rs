@@ -11,7 +11,6 @@ use crate::{
     oracle::Disturbance,
     round::{NOTICED, Round},
     subscribers::{Kind, pick},
-    world::Place,
 };
 
 impl Round<'_> {
@@ -33,7 +32,7 @@ impl Round<'_> {
     }
 
     pub(super) fn lock_the_database(&mut self) -> bool {
-        let Place::Embedded(embedded) = &self.world.place else { return false };
+        let Some(embedded) = self.world.place.embedded() else { return false };
         let file = embedded.file();
         let holds = Duration::from_millis(self.rng.random_range(100..3000));
         self.log(&format!("another process locks the database for {holds:?}"));

@@ -131,7 +131,10 @@ impl Round<'_> {
             let queues = self
                 .ctl(&["list_queues", "--quiet", "--no-table-headers", "name", "messages"])
                 .await;
-            if !queues.lines().any(|l| l.strip_prefix("source\t").is_some_and(|n| n != "0")) {
+            let waits = |(name, messages): (&str, &str)| {
+                (name == "source" || name.ends_with(".intake")) && messages != "0"
+            };
+            if !queues.lines().filter_map(|l| l.split_once('\t')).any(waits) {
                 return true;
             }
         }
@@ -145,7 +148,7 @@ impl Round<'_> {
                 Some(format!("{}.events", broker.prefix))
             }
             Place::Broker { broker, .. } => Some(broker.exchange.clone()),
-            Place::Embedded(_) => None,
+            Place::Embedded(_) | Place::Intake { .. } => None,
         }
     }
 

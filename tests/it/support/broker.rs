@@ -303,7 +303,7 @@ impl Drop for Broker {
             let levels: Vec<String> = (0..19).map(|n| format!("delay.{n:02}")).collect();
             for queue in own
                 .chain(levels.iter().cloned())
-                .chain(["orphans", "state", "history"].map(str::to_owned))
+                .chain(["orphans", "state", "history", "intake"].map(str::to_owned))
             {
                 channel
                     .queue_delete(

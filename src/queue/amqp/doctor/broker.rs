@@ -6,7 +6,7 @@ use futures_util::{StreamExt as _, future::ready, stream};
 use lapin::{
     BasicProperties, Connection, Event,
     options::{BasicPublishOptions, ConfirmSelectOptions},
-    types::AMQPValue,
+    types::{AMQPValue, FieldTable},
 };
 use tokio::time::timeout;
 
@@ -48,10 +48,7 @@ impl Inspection<'_> {
         let (connection, greeting) =
             connection::greeted(self.topology.url(), Role::Declaring).await?;
         let about = greeting.server_properties();
-        let text = |key: &str| match about.as_ref().and_then(|p| p.inner().get(key)) {
-            Some(AMQPValue::LongString(text)) => text.to_string(),
-            _ => String::new(),
-        };
+        let text = |key: &str| property(about.as_ref(), key);
         let (version, finding) = product(&text("product"), &text("version"));
         self.version = version;
         self.found(finding);
@@ -311,7 +308,7 @@ impl Inspection<'_> {
         self.found(finding);
     }
 
-    fn differs(&mut self, name: &str, refused: Refused) {
+    pub(super) fn differs(&mut self, name: &str, refused: Refused) {
         let finding = match refused {
             Refused::Inequivalent { argument, wanted, found } => {
                 let vhost = self.vhost();
@@ -489,6 +486,14 @@ impl Inspection<'_> {
         let mut finding = Finding::note("consumer_timeout", found).with_remedy(remedy);
         finding.about.push(format!("subscriber `{}`", s.name));
         self.found(finding);
+    }
+}
+
+/// A property of a broker's greeting.
+pub(super) fn property(properties: Option<&FieldTable>, key: &str) -> String {
+    match properties.and_then(|p| p.inner().get(key)) {
+        Some(AMQPValue::LongString(text)) => text.to_string(),
+        _ => String::new(),
     }
 }
 

@@ -34,6 +34,26 @@ pub(super) struct Inspection<'a> {
     pub(super) findings: Vec<Finding>,
 }
 
+impl<'a> Inspection<'a> {
+    pub(super) fn new(
+        topology: &'a Topology,
+        subscribers: &'a [Arc<Subscriber>],
+        uri: AMQPUri,
+    ) -> Self {
+        Self {
+            topology,
+            subscribers,
+            uri,
+            version: None,
+            there: BTreeSet::new(),
+            missing: 0,
+            consumed: false,
+            idle: Vec::new(),
+            findings: Vec::new(),
+        }
+    }
+}
+
 impl Inspection<'_> {
     pub(super) fn found(&mut self, finding: Finding) {
         self.findings.push(finding);

@@ -135,6 +135,12 @@ pub(super) fn judge(
         "message-ttl" if matches!(role, QueueRole::Level(level) if number < 1000 << level) => {
             (Warning, "batches are tried again too early")
         }
+        "message-ttl" if role == QueueRole::Intake => {
+            (Harmful, "events that wait for longer, while no daemon runs, are dropped")
+        }
+        "delivery-limit" if role == QueueRole::Intake => {
+            (Harmful, "events that were requeued more often, as in crashes, are dropped")
+        }
         "message-ttl" if role == QueueRole::History => {
             (Warning, "events that wait for longer are dropped before history has them")
         }
@@ -164,6 +170,9 @@ pub(super) fn judge(
 fn judge_limit(role: QueueRole<'_>) -> (Severity, &'static str) {
     use Severity::{Harmful, Warning};
     match role {
+        QueueRole::Intake => {
+            (Harmful, "when it is full it refuses events; a producer without confirms loses them")
+        }
         QueueRole::Main(_) => (
             Harmful,
             "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
@@ -378,6 +387,10 @@ mod tests {
             (QueueRole::Dead("a"), "max-length", json!(10), Some(Harmful)),
             (QueueRole::Level(3), "max-length", json!(10), Some(Harmful)),
             (QueueRole::State, "max-length-bytes", json!(10), Some(Warning)),
+            (QueueRole::Intake, "max-length", json!(10), Some(Harmful)),
+            (QueueRole::Intake, "message-ttl", json!(1000), Some(Harmful)),
+            (QueueRole::Intake, "delivery-limit", json!(5), Some(Harmful)),
+            (QueueRole::Intake, "dead-letter-exchange", json!("x"), None),
             (QueueRole::History, "max-length-bytes", json!(10), Some(Warning)),
             (QueueRole::History, "message-ttl", json!(1000), Some(Warning)),
             (QueueRole::State, "max-age", json!("7D"), Some(Warning)),

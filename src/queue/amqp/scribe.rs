@@ -1,0 +1,504 @@
+//! The scribe: moves events from a queue of the broker into the embedded log, and acks them when they
+//! are on the disk.
+//!
+//! Producers publish to an exchange, from which one queue, `PREFIX.intake`, gets all that is bound; or
+//! the scribe takes from a queue of its owner's. One daemon at a time takes.
+
+use std::{collections::BTreeSet, pin::pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use lapin::{message::Delivery, options::BasicAckOptions};
+use tokio::{
+    sync::watch,
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+
+use super::{
+    broker_error::{BrokerError, answer},
+    connection::{Dialer, Role},
+    declarations::source_is_stream,
+    doctor::inspect_intake,
+    line::{Line, Sharing},
+    message,
+    pool::Pool,
+    prefetch::Sizes,
+    relay::is_of_stream,
+    requests::Broker,
+    shared::{stopped, supervised},
+    topology::Topology,
+    unusable::Unusable,
+};
+use crate::{
+    config::{Intake, IntakeConfig},
+    event::event_type,
+    failpoint::{Step, reached},
+    policy::batching::BatchPolicy,
+    queue::{
+        MAX_GROUP, NewEvent, QueueError,
+        embedded::{Appended, Delivered, EmbeddedQueue, Inflow},
+    },
+    telemetry::{
+        finding::Finding,
+        metrics::Metrics,
+        outage::ReportedOutage,
+        troubles::{Harms, Troubles},
+    },
+};
+
+/// The most events that may be on their way to the scribe; their [sizes](Sizes) may allow fewer.
+const PREFETCH: u16 = 5000;
+
+/// Bytes of events that are stored together: no more are added once these are exceeded.
+const GROUP_BYTES: usize = 1 << 20;
+
+/// The longest that an event waits for others that are stored together with it.
+const GROUP_WAIT: Duration = Duration::from_millis(20);
+
+/// Newest events of the log whose sizes say how large the next ones may be.
+const SIZES: u32 = 2000;
+
+/// Time between two checks that exchange, queue and bindings exist.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A consumer that has not failed for this long works.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// The longest that a start waits for the broker, which may be away.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The scribe of a daemon. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Scribe(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: IntakeConfig,
+    topology: Topology,
+    /// The queue that events are taken from.
+    queue: String,
+    pool: Pool,
+    metrics: Metrics,
+    troubles: watch::Sender<Troubles>,
+}
+
+/// Events that are stored together.
+#[derive(Debug, Default)]
+struct Group {
+    events: Vec<Delivered>,
+    bytes: usize,
+    /// Tag of the last one.
+    tag: u64,
+}
+
+impl Group {
+    fn is_full(&self) -> bool {
+        self.events.len() >= MAX_GROUP || self.bytes >= GROUP_BYTES
+    }
+}
+
+impl Scribe {
+    pub fn new(config: IntakeConfig, metrics: Metrics) -> Self {
+        let topology = Topology::new(config.amqp.clone());
+        let dialer = Dialer::new(config.amqp.url.clone(), metrics.clone());
+        let troubles = watch::Sender::default();
+        let pool = Pool::new(dialer, Role::Intake, &troubles);
+        let queue = match &config.amqp.intake {
+            Intake::Exchange(_) => topology.intake_queue(),
+            Intake::SourceQueue(name) => name.clone(),
+        };
+        Self(Arc::new(Inner { config, topology, queue, pool, metrics, troubles }))
+    }
+
+    /// Checks that no events wait where this configuration does not take them. A broker that does not
+    /// answer now is asked before anything is taken from it.
+    ///
+    /// # Errors
+    /// There are, or could be.
+    pub async fn may_start(&self) -> Result<(), QueueError> {
+        let mut broker = Broker::new(&self.0.pool);
+        match timeout(START_TIMEOUT, self.0.find_former(&mut broker)).await {
+            Ok(Err(e)) if e.is_for_operator() => Err(e),
+            Ok(Ok(()) | Err(_)) | Err(_) => Ok(()),
+        }
+    }
+}
+
+impl Inflow for Scribe {
+    fn run(&self, log: EmbeddedQueue, stopping: watch::Receiver<bool>) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            supervised("the scribe", || self.0.run(&log, &stopping)).await;
+            self.0.pool.close().await;
+        })
+    }
+
+    fn troubles(&self) -> watch::Receiver<Troubles> {
+        self.0.troubles.subscribe()
+    }
+
+    fn inspect(&self) -> BoxFuture<'_, Vec<Finding>> {
+        Box::pin(inspect_intake(&self.0.config.amqp))
+    }
+}
+
+impl Inner {
+    async fn run(&self, log: &EmbeddedQueue, stopping: &watch::Receiver<bool>) {
+        let what = format!("the intake from queue `{}`", self.queue);
+        let mut scribing = ReportedOutage::new(what, Harms::Queue, &self.troubles);
+        let what = format!("checking what queue `{}` needs", self.queue);
+        let mut checking = ReportedOutage::new(what, Harms::Queue, &self.troubles);
+        let mut sizes = Sizes::default();
+        if let Ok(newest) = log.newest_sizes(SIZES).await {
+            newest.into_iter().for_each(|bytes| sizes.saw(bytes as usize));
+        }
+        loop {
+            let opened = tokio::select! {
+                () = stopped(stopping.clone()) => return,
+                opened = self.open(log, &sizes, &mut checking) => opened,
+            };
+            let ended = match opened {
+                Ok(line) => {
+                    let mut session = Session { scribe: self, log, line, sizes: &mut sizes };
+                    let ended = session.run(stopping, &mut scribing, &mut checking).await;
+                    session.line.close().await;
+                    ended
+                }
+                Err(e) => Err(e),
+            };
+            let Err(e) = ended else { return };
+            tokio::select! {
+                () = stopped(stopping.clone()) => return,
+                () = scribing.failed(&e) => {}
+            }
+        }
+    }
+
+    async fn open(
+        &self,
+        log: &EmbeddedQueue,
+        sizes: &Sizes,
+        checking: &mut ReportedOutage,
+    ) -> Result<Line, QueueError> {
+        let mut broker = Broker::new(&self.pool);
+        self.find_former(&mut broker).await?;
+        self.ensure_queue(&mut broker, log).await?;
+        match self.ensure_bound(&mut broker, log).await {
+            Ok(()) => checking.recovered(),
+            // What waits in the queue is taken, whatever there is to mend.
+            Err(e) => checking.fails(&e),
+        }
+        self.is_free(&mut broker).await?;
+        drop(broker);
+        let lease = self.pool.lease().await?;
+        let sharing = match self.config.amqp.intake {
+            Intake::Exchange(_) => Sharing::SingleActive,
+            Intake::SourceQueue(_) => Sharing::Exclusive,
+        };
+        let opened = Line::open(lease, self.queue.clone(), sharing, PREFETCH, sizes).await;
+        opened.map_err(|unusable| self.unusable(&unusable))
+    }
+
+    fn error(&self, why: &BrokerError) -> QueueError {
+        QueueError::new(format!("queue `{}` cannot be consumed: {why}", self.queue))
+    }
+
+    /// Waits for another consumer of a source queue. A quorum queue does not refuse a second one to
+    /// an exclusive one (measured on 3.10).
+    async fn is_free(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let Intake::SourceQueue(queue) = &self.config.amqp.intake else { return Ok(()) };
+        match broker.depth(queue).await? {
+            Some(depth) if depth.consumers > 0 => Err(taken(queue)),
+            _ => Ok(()),
+        }
+    }
+
+    fn unusable(&self, unusable: &Unusable) -> QueueError {
+        let error = self.error(&unusable.why);
+        if unusable.why.text.contains("exclusive") {
+            return error.remedied(WAITS);
+        }
+        if unusable.is_broken() {
+            return error.remedied(
+                "if that stays so, the broker has lost the use of it: delete it (rabbitmqctl delete_queue), and it is declared again",
+            );
+        }
+        error
+    }
+
+    /// Finds queues of another configuration with this prefix, in which events wait or may come to.
+    async fn find_former(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let prefix = self.topology.prefix();
+        if broker.depth(&self.topology.state()).await?.is_some() {
+            return Err(QueueError::needs_operator(format!(
+                "there are queues of subscribers with prefix `{prefix}` in RabbitMQ: with [queue] intake nothing is taken from them, and what is published goes on coming into them"
+            ))
+            .remedied(format!(
+                "run with RabbitMQ as [queue] url, and producers stopped, until hooktrail status shows nothing that waits; then, with that configuration, hooktrail prune --all deletes them; or choose another prefix than `{prefix}` where they belong to other daemons"
+            )));
+        }
+        if let Intake::SourceQueue(source) = &self.config.amqp.intake {
+            let intake = self.topology.intake_queue();
+            // Also an empty one: it is bound, and what is published goes on coming into it.
+            if broker.depth(&intake).await?.is_some() {
+                return Err(QueueError::needs_operator(format!(
+                    "queue `{intake}` gets events, and [queue] source_queue `{source}` is taken from instead"
+                ))
+                .remedied("run with [queue] exchange, and producers stopped, until it is empty, and delete it: rabbitmqctl delete_queue"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Declares the queue if it is missing.
+    async fn ensure_queue(
+        &self,
+        broker: &mut Broker<'_>,
+        log: &EmbeddedQueue,
+    ) -> Result<(), QueueError> {
+        if let Intake::SourceQueue(_) = self.topology.intake() {
+            return self.topology.find_source(broker).await;
+        }
+        broker.ensure_queue(&self.queue, self.topology.intake_arguments()).await?;
+        if broker.take_declared().is_empty() {
+            return Ok(());
+        }
+        let name = &self.queue;
+        if log.bindings(name).await?.is_empty() {
+            tracing::info!(name, "declared");
+        } else {
+            tracing::error!(name, "was missing and is redeclared: events that were in it are lost");
+        }
+        Ok(())
+    }
+
+    /// Declares the exchange if it is missing, and binds the queue as configured.
+    async fn ensure_bound(
+        &self,
+        broker: &mut Broker<'_>,
+        log: &EmbeddedQueue,
+    ) -> Result<(), QueueError> {
+        let Intake::Exchange(exchange) = self.topology.intake() else { return Ok(()) };
+        self.topology.ensure_events(broker).await?;
+        for name in broker.take_declared() {
+            tracing::info!(name, "declared");
+        }
+        let bound = log.bindings(&self.queue).await?;
+        let wanted: BTreeSet<_> =
+            self.config.bind.iter().map(|p| (exchange.clone(), p.as_str().to_owned())).collect();
+        if !wanted.is_subset(&bound) {
+            // Before they are made, so that none is forgotten.
+            log.record_bindings(&self.queue, wanted.union(&bound).cloned().collect()).await?;
+        }
+        for (exchange, pattern) in &wanted {
+            broker.bind(&self.queue, exchange, pattern).await?;
+        }
+        if bound.is_subset(&wanted) {
+            return Ok(());
+        }
+        for (exchange, pattern) in bound.difference(&wanted) {
+            broker.unbind(&self.queue, exchange, pattern).await?;
+            tracing::info!(queue = self.queue, exchange, pattern, "unbound");
+        }
+        log.record_bindings(&self.queue, wanted).await
+    }
+
+    /// Checks what the queue needs, and how much waits in it.
+    async fn check(&self, log: &EmbeddedQueue) -> Result<(), QueueError> {
+        let mut broker = Broker::new(&self.pool);
+        self.ensure_queue(&mut broker, log).await?;
+        self.ensure_bound(&mut broker, log).await?;
+        if let Some(waiting) = broker.messages(&self.queue).await? {
+            self.metrics.set_intake_waiting(waiting);
+        }
+        Ok(())
+    }
+
+    /// The event of a message, with the type by which it was routed. With a source queue that is the
+    /// type that its body says.
+    fn delivered(&self, mut delivery: Delivery) -> Delivered {
+        let most = BatchPolicy::MAX_BYTES as usize;
+        match message::decoded(&delivery.properties, &delivery.data, most) {
+            Ok(None) => {}
+            Ok(Some(body)) => delivery.data = body,
+            // As it arrived it is no event, and becomes a dead letter.
+            Err(undecoded) => tracing::warn!(
+                queue = self.queue,
+                error = undecoded.error,
+                "an event cannot be decoded and is stored as it arrived"
+            ),
+        }
+        let routing_key = || delivery.routing_key.as_str().to_owned();
+        let event_type = match self.topology.intake() {
+            Intake::Exchange(_) => routing_key(),
+            Intake::SourceQueue(_) => match event_type(&delivery.data) {
+                Ok(event_type) => event_type.into_owned(),
+                Err(why) => {
+                    tracing::warn!(
+                        queue = self.queue,
+                        error = %why,
+                        "an invalid event goes by its routing key to the subscribers whose patterns match that"
+                    );
+                    routing_key()
+                }
+            },
+        };
+        let is_repeated = delivery.redelivered;
+        let (message_id, traceparent) = message::origin(&delivery.properties);
+        let body = Bytes::from(delivery.data);
+        let event = NewEvent { event_type, message_id, body, traceparent };
+        Delivered { event, is_repeated }
+    }
+}
+
+/// What is to be done where another consumer has a source queue.
+const WAITS: &str = "a [queue] source_queue has one consumer: the daemon waits until another daemon, or another program, takes from it no more. (A classic queue with x-single-active-consumer refuses it always: declare it without that)";
+
+fn taken(queue: &str) -> QueueError {
+    QueueError::new(format!("another consumer takes from queue `{queue}`")).remedied(WAITS)
+}
+
+/// The scribe with a consumer.
+struct Session<'s> {
+    scribe: &'s Inner,
+    log: &'s EmbeddedQueue,
+    line: Line,
+    sizes: &'s mut Sizes,
+}
+
+impl Session<'_> {
+    /// Stores events until that fails, or until it is stopped: what it has begun to store it acks
+    /// first.
+    async fn run(
+        &mut self,
+        stopping: &watch::Receiver<bool>,
+        scribing: &mut ReportedOutage,
+        checking: &mut ReportedOutage,
+    ) -> Result<(), QueueError> {
+        let mut checks = interval(CHECK_INTERVAL);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut steady = pin!(sleep(STEADY));
+        let mut is_steady = false;
+        let mut is_known = matches!(self.scribe.config.amqp.intake, Intake::Exchange(_));
+        loop {
+            let first = tokio::select! {
+                biased;
+                () = stopped(stopping.clone()) => return Ok(()),
+                _ = checks.tick() => {
+                    match self.scribe.check(self.log).await {
+                        Ok(()) => checking.recovered(),
+                        // What waits in the queue is taken all the same; a queue that is gone ends
+                        // its consumer.
+                        Err(e) => checking.fails(&e),
+                    }
+                    continue;
+                }
+                () = &mut steady, if !is_steady => {
+                    is_steady = true;
+                    scribing.recovered();
+                    continue;
+                }
+                first = self.line.next() => first.map_err(|why| self.scribe.error(&why))?,
+            };
+            let Some(first) = first else {
+                let begun = self.line.begin(self.sizes).await;
+                begun.map_err(|unusable| self.scribe.unusable(&unusable))?;
+                continue;
+            };
+            // Where the user may not declare the queue, only a message shows what it is.
+            if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&first).await? {
+                return Err(source_is_stream(&self.scribe.queue));
+            }
+            let mut group = self.gather(first).await?;
+            reached(Step::Taken);
+            if !self.store(&mut group, stopping).await? {
+                return Ok(());
+            }
+            reached(Step::Scribed);
+            let fitted = self.line.fit(self.sizes, group.events.len()).await;
+            fitted.map_err(|why| self.scribe.error(&why))?;
+            self.ack(&group).await?;
+            reached(Step::Acked);
+            is_steady = true;
+            scribing.recovered();
+        }
+    }
+
+    async fn is_of_stream(&self, delivery: &Delivery) -> Result<bool, QueueError> {
+        let asked = is_of_stream(&self.line.lease, &self.scribe.queue, delivery).await;
+        asked.map_err(|why| self.scribe.error(&why))
+    }
+
+    /// Takes the first event and those that come soon after it.
+    async fn gather(&mut self, first: Delivery) -> Result<Group, QueueError> {
+        let mut over = pin!(sleep(GROUP_WAIT));
+        let (mut group, mut next) = (Group::default(), Some(first));
+        while let Some(delivery) = next {
+            group.tag = delivery.delivery_tag;
+            let arrived = delivery.data.len();
+            let delivered = self.scribe.delivered(delivery);
+            // A body that arrived compressed is larger now.
+            let bytes = arrived.max(delivered.event.body.len());
+            self.sizes.saw(bytes);
+            group.bytes += bytes;
+            group.events.push(delivered);
+            // One that is taken has to be stored: the ack is for all up to the last one.
+            if group.is_full() || group.events.len() >= self.line.prefetch() {
+                break;
+            }
+            next = tokio::select! {
+                biased;
+                next = self.line.next() => next.map_err(|why| self.scribe.error(&why))?,
+                () = &mut over => None,
+            };
+        }
+        Ok(group)
+    }
+
+    /// Stores a group, however long the log refuses it. Returns false if it is stopped before.
+    ///
+    /// # Errors
+    /// The channel is gone: the group is delivered again.
+    async fn store(
+        &self,
+        group: &mut Group,
+        stopping: &watch::Receiver<bool>,
+    ) -> Result<bool, QueueError> {
+        let Inner { queue, metrics, troubles, .. } = self.scribe;
+        let what = format!("storing events of queue `{queue}`");
+        let mut storing = ReportedOutage::new(what, Harms::Queue, troubles);
+        loop {
+            let why = match self.log.append(&group.events).await {
+                Ok(results) => {
+                    storing.recovered();
+                    for (what, result) in [
+                        ("stored", Appended::Stored),
+                        ("unmatched", Appended::Unmatched),
+                        ("known", Appended::Known),
+                    ] {
+                        let events = results.iter().filter(|r| **r == result).count();
+                        metrics.taken_in(what, events as u64);
+                    }
+                    return Ok(true);
+                }
+                Err(why) => why,
+            };
+            // Perhaps they are stored, and only the answer was lost.
+            group.events.iter_mut().for_each(|e| e.is_repeated = true);
+            if !self.line.lease.channel.status().connected() {
+                return Err(QueueError::new(format!(
+                    "the channel of queue `{queue}` was lost while its events could not be stored: {why}"
+                )));
+            }
+            tokio::select! {
+                () = stopped(stopping.clone()) => return Ok(false),
+                () = storing.failed(&why) => {}
+            }
+        }
+    }
+
+    async fn ack(&self, group: &Group) -> Result<(), QueueError> {
+        let options = BasicAckOptions { multiple: true };
+        let acked = answer(self.line.lease.channel.basic_ack(group.tag, options)).await;
+        acked.map_err(|why| self.scribe.error(&why))
+    }
+}

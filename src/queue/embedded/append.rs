@@ -1,0 +1,276 @@
+//! Events that come through a broker: stored unless they are known, and how that broker is bound.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    sync::Arc,
+};
+
+use futures_util::future::BoxFuture;
+use rusqlite::{Connection, params};
+use tokio::sync::watch;
+
+use super::{EmbeddedQueue, history::NOBODY, newest};
+use crate::{
+    queue::{NewEvent, Published, Queue as _, QueueError},
+    telemetry::{finding::Finding, troubles::Troubles},
+};
+
+/// Newest events of the log among which a redelivered one is looked for.
+const REMEMBERED: i64 = 100_000;
+
+/// Brings events from elsewhere into the log, alongside what is published to it.
+pub trait Inflow: fmt::Debug + Send + Sync {
+    /// Runs until `stopping` is true, and leaves then nothing half done.
+    fn run(&self, log: EmbeddedQueue, stopping: watch::Receiver<bool>) -> BoxFuture<'_, ()>;
+
+    /// What keeps it from that.
+    fn troubles(&self) -> watch::Receiver<Troubles>;
+
+    /// Inspects what can lose events on their way, and changes nothing.
+    fn inspect(&self) -> BoxFuture<'_, Vec<Finding>>;
+}
+
+/// An event as a broker has delivered it.
+#[derive(Debug, Clone)]
+pub struct Delivered {
+    pub event: NewEvent,
+    /// It was delivered before, and perhaps stored.
+    pub is_repeated: bool,
+}
+
+/// What became of a delivered event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Appended {
+    Stored,
+    /// No subscriber's pattern matches it.
+    Unmatched,
+    /// It was stored when it was delivered before.
+    Known,
+}
+
+/// A binding of a queue: the exchange, and the pattern.
+pub(crate) type Binding = (String, String);
+
+impl EmbeddedQueue {
+    /// Sets what brings events from elsewhere. Of no effect if that is set already.
+    #[must_use]
+    pub fn fed_by(self, inflow: Arc<dyn Inflow>) -> Self {
+        self.0.inflow.get_or_init(|| inflow);
+        self
+    }
+
+    /// Stores events as [`publish`](crate::queue::Queue::publish) does, except those that are known:
+    /// repeated ones with a message id that a recent event of the log has, with the same type and bytes.
+    ///
+    /// # Errors
+    /// It is unknown whether they are stored.
+    pub(crate) async fn append(&self, events: &[Delivered]) -> Result<Vec<Appended>, QueueError> {
+        let known = self.known(events).await?;
+        let is_known = |n: &usize| known.contains(n);
+        let new: Vec<usize> = (0..events.len()).filter(|n| !is_known(n)).collect();
+        let mut results = vec![Appended::Known; events.len()];
+        if new.is_empty() {
+            return Ok(results);
+        }
+        let published =
+            self.publish(new.iter().map(|n| events[*n].event.clone()).collect()).await?;
+        for (n, published) in new.into_iter().zip(published) {
+            results[n] = match published {
+                Published::Stored => Appended::Stored,
+                Published::Unmatched | Published::Refused => Appended::Unmatched,
+            };
+        }
+        Ok(results)
+    }
+
+    /// The known ones among events, by their position.
+    async fn known(&self, events: &[Delivered]) -> Result<BTreeSet<usize>, QueueError> {
+        let repeated: HashMap<String, Vec<(usize, NewEvent)>> = events
+            .iter()
+            .enumerate()
+            .filter(|(_, e)| e.is_repeated)
+            .fold(HashMap::new(), |mut all, (n, Delivered { event, .. })| {
+                if let Some(id) = &event.message_id {
+                    all.entry(id.clone()).or_default().push((n, event.clone()));
+                }
+                all
+            });
+        if repeated.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        // Not in the transaction that stores the others: nobody else stores them, and producers over
+        // HTTP need not wait for the search.
+        self.store().read_long(move |db| find_known(db, &repeated)).await
+    }
+
+    /// Bytes of the newest events, the oldest first.
+    pub(crate) async fn newest_sizes(&self, count: u32) -> Result<Vec<u32>, QueueError> {
+        let sizes = move |db: &Connection| {
+            let mut query =
+                db.prepare_cached("SELECT length(body) FROM event ORDER BY seq DESC LIMIT ?1")?;
+            query.query_map([count], |r| r.get(0))?.collect::<rusqlite::Result<Vec<u32>>>()
+        };
+        let mut sizes = self.store().read(sizes).await?;
+        sizes.reverse();
+        Ok(sizes)
+    }
+
+    /// The bindings of a queue, as they were recorded last.
+    pub(crate) async fn bindings(&self, queue: &str) -> Result<BTreeSet<Binding>, QueueError> {
+        let queue = queue.to_owned();
+        let all = move |db: &Connection| {
+            let mut query =
+                db.prepare_cached("SELECT exchange, pattern FROM intake_binding WHERE queue = ?1")?;
+            query.query_map([queue], |r| Ok((r.get(0)?, r.get(1)?)))?.collect()
+        };
+        self.store().read(all).await
+    }
+
+    /// Records the bindings of a queue.
+    pub(crate) async fn record_bindings(
+        &self,
+        queue: &str,
+        bindings: BTreeSet<Binding>,
+    ) -> Result<(), QueueError> {
+        let queue = queue.to_owned();
+        let record = move |db: &Connection| {
+            db.execute("DELETE FROM intake_binding WHERE queue = ?1", [&queue])?;
+            let mut insert = db.prepare_cached(
+                "INSERT INTO intake_binding (queue, exchange, pattern) VALUES (?1, ?2, ?3)",
+            )?;
+            for (exchange, pattern) in bindings {
+                insert.execute(params![queue, exchange, pattern])?;
+            }
+            Ok(())
+        };
+        self.store().write(record).await
+    }
+}
+
+/// The positions of those of `repeated`, by message id, that are among the newest events.
+fn find_known(
+    db: &Connection,
+    repeated: &HashMap<String, Vec<(usize, NewEvent)>>,
+) -> rusqlite::Result<BTreeSet<usize>> {
+    let mut known = BTreeSet::new();
+    // Replays of dead letters for one subscriber are no copies of what its producer published.
+    let mut search = db.prepare_cached(
+        "SELECT seq, message_id FROM event WHERE seq > ?1 AND message_id IS NOT NULL AND (only_for IS NULL OR only_for = ?2)",
+    )?;
+    let mut is_same =
+        db.prepare_cached("SELECT type = ?2 AND body = ?3 FROM event WHERE seq = ?1")?;
+    let mut rows = search.query(params![newest(db)? - REMEMBERED, NOBODY])?;
+    while let Some(row) = rows.next()? {
+        let Some(same_id) = repeated.get(row.get_ref(1)?.as_str()?) else { continue };
+        for (n, event) in same_id {
+            let is_same: bool = is_same.query_row(
+                params![row.get::<_, i64>(0)?, event.event_type, &event.body[..]],
+                |r| r.get(0),
+            )?;
+            if is_same {
+                known.insert(*n);
+            }
+        }
+    }
+    Ok(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::queue::embedded::tests::{config, subscribers};
+
+    fn delivered(id: Option<&str>, event_type: &str, body: &str, is_repeated: bool) -> Delivered {
+        let event = NewEvent {
+            event_type: event_type.to_owned(),
+            message_id: id.map(str::to_owned),
+            body: body.to_owned().into(),
+            traceparent: None,
+        };
+        Delivered { event, is_repeated }
+    }
+
+    async fn stored(queue: &EmbeddedQueue) -> i64 {
+        let count = |db: &Connection| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0));
+        queue.store().read(count).await.expect("reads")
+    }
+
+    #[tokio::test]
+    async fn only_a_redelivery_with_the_id_type_and_bytes_of_a_recent_event_is_known() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        queue.prepare(&subscribers(&[("a", "x.*")])).await.expect("prepares");
+        let first = [
+            delivered(Some("1"), "x.a", "{}", false),
+            delivered(None, "x.a", "{}", false),
+            delivered(Some("2"), "y", "{}", false),
+        ];
+        use Appended::{Known, Stored, Unmatched};
+        assert_eq!(queue.append(&first).await.expect("appends"), [Stored, Stored, Unmatched]);
+        for (event, expected) in [
+            (delivered(Some("1"), "x.a", "{}", true), Known),
+            (delivered(Some("1"), "x.a", "{}", false), Stored),
+            (delivered(Some("1"), "x.b", "{}", true), Stored),
+            (delivered(Some("1"), "x.a", "{ }", true), Stored),
+            (delivered(Some("3"), "x.a", "{}", true), Stored),
+            (delivered(None, "x.a", "{}", true), Stored),
+            // It was not stored, since no subscriber wants it.
+            (delivered(Some("2"), "y", "{}", true), Unmatched),
+        ] {
+            let before = stored(&queue).await;
+            let result = queue.append(std::slice::from_ref(&event)).await.expect("appends");
+            assert_eq!(result, [expected], "{event:?}");
+            let added = stored(&queue).await - before;
+            assert_eq!(added, i64::from(expected == Stored), "{event:?}");
+        }
+        let mixed = [
+            delivered(Some("4"), "x.a", "{}", true),
+            delivered(Some("3"), "x.a", "{}", true),
+            delivered(None, "y", "{}", true),
+        ];
+        assert_eq!(queue.append(&mixed).await.expect("appends"), [Stored, Known, Unmatched]);
+    }
+
+    #[tokio::test]
+    async fn an_event_is_remembered_for_100_000_others_and_a_replay_for_one_subscriber_is_none() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        queue.prepare(&subscribers(&[("a", "#")])).await.expect("prepares");
+        let [one, again] = [false, true].map(|again| delivered(Some("1"), "x", "{}", again));
+        queue.append(&[one]).await.expect("appends");
+        let replay = "INSERT INTO event (type, message_id, at, body, only_for) SELECT type, '2', at, body, 'a' FROM event";
+        queue.store().write(|db| db.execute_batch(replay)).await.expect("writes");
+        let of_replay = delivered(Some("2"), "x", "{}", true);
+        let result = queue.append(&[of_replay]).await.expect("appends");
+        assert_eq!(result, [Appended::Stored]);
+        for (newest, expected) in [(100_000, Appended::Known), (100_001, Appended::Stored)] {
+            let skip = move |db: &Connection| {
+                db.execute("UPDATE sqlite_sequence SET seq = ?1 WHERE name = 'event'", [newest])
+            };
+            queue.store().write(skip).await.expect("writes");
+            let result = queue.append(std::slice::from_ref(&again)).await.expect("appends");
+            assert_eq!(result, [expected], "the newest is {newest}");
+        }
+    }
+
+    #[tokio::test]
+    async fn bindings_are_those_that_were_recorded_last_of_that_queue() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let of = |patterns: &[&str]| -> BTreeSet<Binding> {
+            patterns.iter().map(|p| ("e".to_owned(), (*p).to_owned())).collect()
+        };
+        assert_eq!(queue.bindings("q").await.expect("reads"), of(&[]));
+        for patterns in [&["a", "b"][..], &["b", "c"]] {
+            queue.record_bindings("q", of(patterns)).await.expect("records");
+            queue.record_bindings("other", of(&["z"])).await.expect("records");
+            assert_eq!(queue.bindings("q").await.expect("reads"), of(patterns));
+        }
+    }
+}
