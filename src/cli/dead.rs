@@ -41,14 +41,14 @@ pub(super) enum Command {
     },
     /// Show one dead letter with its failed attempts and its body
     Show {
-        /// The subscriber's name; with --orphans it may be left out
+        /// The subscriber's name, or `@log` for an orphan; with --orphans it may be left out
         #[arg(add = complete::subscribers())]
         subscriber: String,
         /// Its id, or `@2` for the second of `list`
         #[arg(required_unless_present = "orphans")]
         letter: Option<Name>,
-        /// The letter is an orphan, which could not be routed back to its subscriber (RabbitMQ
-        /// only)
+        /// The letter is an orphan: no event, or a batch that could not be routed back to its
+        /// subscriber
         #[arg(long)]
         orphans: bool,
         /// As a JSON object
@@ -155,17 +155,11 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
             let queue = EmbeddedQueue::existing(&config.queue.embedded)?;
             walk(async || queue.dead_letters(subscriber).await, &selection, task).await?;
         }
-        (Backend::Embedded, _) => return no_orphans(&selection),
+        (Backend::Embedded, _) => {
+            let queue = EmbeddedQueue::existing(&config.queue.embedded)?;
+            walk(async || queue.orphans().await, &selection, task).await?;
+        }
     }
-    Ok(())
-}
-
-fn no_orphans(selection: &Selection) -> Result<(), Failed> {
-    let why = "there are no orphans: only a RabbitMQ has them, and [queue] url is \"embedded\", where nothing is routed back";
-    if !selection.names.is_empty() {
-        return Err(Failed::Runtime(why.to_owned()));
-    }
-    eprintln!("{why}");
     Ok(())
 }
 

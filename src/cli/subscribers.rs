@@ -49,8 +49,8 @@ pub(super) enum Command {
     /// Without a secret the daemon makes one, which is printed once. Exit code 1 if it is made and
     /// gets no events yet, which the daemon goes on trying.
     Add {
-        /// The new subscriber's name: 1 to 64 of a-z, 0-9 and `-`
-        #[arg(value_parser = name)]
+        /// The new subscriber's name: 1 to 64 of a-z, 0-9 and `-`, with a letter or digit first and last
+        #[arg(value_parser = SubscriberName::configured)]
         subscriber: SubscriberName,
         #[command(flatten)]
         keys: Keys,

@@ -551,7 +551,7 @@ pub(super) static BREAKER: &[Key] = &[
 pub static SUBSCRIBER: &[Key] = &[
     subscriber(
         "name",
-        "1 to 64 of a-z, 0-9 and `-`, unique; names the subscriber's queues.",
+        "1 to 64 of a-z, 0-9 and `-`, with a letter or digit first and last; unique; names the subscriber's queues.",
         Shape::Text,
         &[],
         // A subscriber with another name is another one.
@@ -682,7 +682,7 @@ pub static SUBSCRIBER: &[Key] = &[
 pub(super) static MANAGED: &[Key] = &[
     read(
         "name",
-        "1 to 64 of a-z, 0-9 and `-`, unique; names the subscriber's queues.",
+        "1 to 64 of a-z, 0-9 and `-`, with a letter or digit first and last; unique; names the subscriber's queues.",
         Shape::Text,
     )
     .required(),

@@ -19,6 +19,19 @@ impl SubscriberName {
         if is_name { Ok(Self(text.into())) } else { Err(NotAName) }
     }
 
+    /// A name that somebody configures: as [`try_new`](Self::try_new), and it begins and ends with a
+    /// letter or digit. What is stored may have older names.
+    ///
+    /// # Errors
+    /// The text is none; the rule.
+    pub fn configured(text: &str) -> Result<Self, String> {
+        let name = Self::try_new(text).ok().filter(|name| name.trim_matches('-') == &**name);
+        name.ok_or_else(|| format!("must be {}", Self::RULE))
+    }
+
+    /// What a configured name consists of.
+    pub const RULE: &str = "1 to 64 of a-z, 0-9 and `-`, with a letter or digit first and last";
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -122,6 +135,17 @@ mod tests {
         let too_long = "a".repeat(65);
         for text in ["", "A", "a.b", "a b", "a_b", "ä", "a\n", &too_long] {
             assert_eq!(SubscriberName::try_new(text), Err(NotAName), "{text}");
+        }
+        for (text, may_be_configured) in [
+            ("a", true),
+            ("0-a", true),
+            ("a--0", true),
+            ("-", false),
+            ("-a", false),
+            ("a-", false),
+            ("A", false),
+        ] {
+            assert_eq!(SubscriberName::configured(text).is_ok(), may_be_configured, "{text}");
         }
     }
 

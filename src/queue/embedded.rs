@@ -14,7 +14,7 @@
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
 //! - `trim`: deletes what nothing needs any more
-//! - `append`: stores events that come through a broker
+//! - `append`: stores events, those too that come through a broker
 //! - `history`: the log as the source of history; `feed`: hands its events over
 //! - `doctor`: what can lose or hold up events
 //!
@@ -51,7 +51,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 pub use self::{
-    append::{Appended, Delivered, Inflow},
+    append::{Appended, Delivered, Inflow, Invalid},
     consumer::{Settler, Source},
     dead::DeadLetters,
     feed::History,
@@ -60,15 +60,15 @@ pub use self::{
 use self::{
     backlog::{backlogs, depths},
     consumer::{LaneRef, Unsettled},
+    dead::orphans,
     head::Head,
-    history::{NOBODY, TakenTo, Untaken},
+    history::{TakenTo, Untaken},
     keep::Keeper,
     segments::Segments,
     store::{Access, Store},
     trim::Replayed,
 };
 use crate::{
-    clock,
     config::{EmbeddedConfig, HistoryConfig, Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, Pause, PauseState, PauseStates, SubscriberName},
     event::Pattern,
@@ -222,9 +222,18 @@ impl EmbeddedQueue {
     pub async fn everything(&self) -> Result<Depths, QueueError> {
         self.store()
             .read_long(|db| {
-                Ok(Depths { subscribers: depths(db, &BTreeMap::new())?, ..Depths::default() })
+                let (subscribers, orphans) = (depths(db, &BTreeMap::new())?, orphans(db)?);
+                Ok(Depths { subscribers, orphans, ..Depths::default() })
             })
             .await
+    }
+
+    /// A walk through the dead letters of the log: what came through a broker and is no event.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn orphans(&self) -> Result<DeadLetters, QueueError> {
+        DeadLetters::of_log(self.store().clone(), self.0.head.clone()).await
     }
 
     /// The log as the source of history, for one thread.
@@ -453,38 +462,7 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
-        let at = millis(clock::now());
-        let queue = self.clone();
-        let insert = move |db: &Connection| {
-            // Lanes go on with a lost file as long as a process has it open; new events would be
-            // lost.
-            if let Some(lost) = queue.store().place().check_before_storing() {
-                return Ok(Err(lost));
-            }
-            let segments = queue.segments(db)?;
-            let mut insert =
-                db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
-            let for_history = queue.0.history.is_some();
-            let mut fates = Vec::with_capacity(events.len());
-            for e in &events {
-                let matched = segments.match_now(&e.event_type);
-                if matched || for_history {
-                    let traceparent =
-                        e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
-                    insert.execute(params![
-                        e.event_type,
-                        e.message_id,
-                        at,
-                        &e.body[..],
-                        traceparent,
-                        (!matched).then_some(NOBODY)
-                    ])?;
-                }
-                fates.push(if matched { Published::Stored } else { Published::Unmatched });
-            }
-            Ok(Ok(fates))
-        };
-        self.store().write(insert).await?.map_err(QueueError::needs_operator)
+        self.insert(events, Vec::new()).await
     }
 
     fn is_reachable(&self) -> bool {
@@ -522,7 +500,7 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
-        DeadLetters::open(self.store().clone(), self.0.head.clone(), subscriber).await
+        DeadLetters::of_subscriber(self.store().clone(), self.0.head.clone(), subscriber).await
     }
 
     async fn waiting(&self, subscriber: &str) -> Result<WaitingList, QueueError> {
@@ -559,17 +537,20 @@ impl Queue for EmbeddedQueue {
         let read = move |db: &Connection| {
             // One snapshot: a batch that fails meanwhile is among the events or among the retries.
             let db = db.unchecked_transaction()?;
-            place.check().map_or_else(|| depths(&db, &unsettled).map(Ok), |lost| Ok(Err(lost)))
+            place.check().map_or_else(
+                || Ok(Ok((depths(&db, &unsettled)?, orphans(&db)?))),
+                |lost| Ok(Err(lost)),
+            )
         };
         // A failure is reported as the queue's: status and log say the same.
         let found = self.store().read_long(read).await?;
-        let mut found = found.map_err(QueueError::needs_operator)?;
+        let (mut found, orphans) = found.map_err(QueueError::needs_operator)?;
         let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
         for s in subscribers {
             configured.insert(s.name.clone(), found.remove(&s.name).unwrap_or_default());
         }
         removed.extend(found.into_iter().filter(|(_, depth)| !depth.is_empty()));
-        Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0, history: None })
+        Ok(Depths { subscribers: configured, removed, delayed: None, orphans, history: None })
     }
 
     async fn progress(
@@ -851,6 +832,7 @@ fn is_for(
 mod tests {
     use super::*;
     use crate::{
+        clock,
         config::testing,
         delivery::{AttemptLog, DeadLetter, Failure, Print, Prints, Reason},
         event::payload::Format,

@@ -151,7 +151,7 @@ fn daemon(found: &Overview, process: &Process) -> Markup {
                 @if let Some(why) = &found.queue.error { span.sub { (text(why)) } }
             }
             @if let Some(n) = found.queue.delayed_retries { dt { "Delayed retries" } dd { (n) } }
-            @if let Some(n) = found.queue.orphans { dt { "Orphans" } dd { (n) } }
+            @if let Some(n) = found.queue.orphans { dt { "Orphans" } dd { (n) @if n > 0 { span.sub { "dead letters of no subscriber: hooktrail dead list @log" } } } }
         }
     }
 }

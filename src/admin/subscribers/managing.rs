@@ -616,10 +616,11 @@ fn clean(document: &Document) -> Result<Document, Refusal> {
 
 fn named(document: &Document) -> Result<SubscriberName, Refusal> {
     let Some(name) = document.name() else {
-        let why = "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues";
+        let why =
+            format!("is required: {}; it names the subscriber's queues", SubscriberName::RULE);
         return Err(Refusal::field("name", why));
     };
-    SubscriberName::try_new(name).map_err(|why| Refusal::field("name", why.to_string()))
+    SubscriberName::configured(name).map_err(|why| Refusal::field("name", why))
 }
 
 /// The URL of an example: its userinfo is the draft's, since requests are authenticated with it.

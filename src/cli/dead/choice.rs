@@ -12,12 +12,15 @@ use crate::{
     letters::{self, Choice, Name, Selection, Statuses},
 };
 
+/// Whose the orphans are, where a subscriber's name is expected.
+const LOG: &str = "@log";
+
 /// The dead letters that a command works on: all of a subscriber's, or those with these names that
 /// pass the filters.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Which {
-    /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for
-    /// `list`, it may be left out
+    /// The subscriber's name; one that is not configured any more is fine. `@log` means --orphans,
+    /// with which it may be left out, as for `list`
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// Only these: an id, or `@2` for the second of `list`
@@ -25,8 +28,8 @@ pub(in crate::cli) struct Which {
     letters: Vec<Name>,
     #[command(flatten)]
     filters: Filters,
-    /// Orphans instead of dead letters: messages that could not be routed back to their subscriber,
-    /// and invalid events of a source queue (RabbitMQ only)
+    /// Orphans, the dead letters of no subscriber: invalid events that came through a source queue
+    /// or [queue] intake, and batches that RabbitMQ could not route back to their subscriber
     #[arg(long)]
     orphans: bool,
 }
@@ -126,8 +129,9 @@ impl Which {
 
     /// With `--orphans` the first word is a letter unless it can be a subscriber's name.
     pub(super) fn checked(self) -> Result<Selection, Failed> {
-        let Self { mut subscriber, letters: mut names, filters, orphans } = self;
+        let Self { mut subscriber, letters: mut names, filters, mut orphans } = self;
         match subscriber.take() {
+            Some(log) if log == LOG => orphans = true,
             Some(name) if SubscriberName::try_new(&name).is_ok() => subscriber = Some(name),
             Some(letter) if orphans => names.insert(0, letter.parse().unwrap_or(Name::Id(letter))),
             Some(name) => {
@@ -144,7 +148,7 @@ impl Which {
     /// Checks that one subscriber, or orphans, are chosen.
     pub(super) fn of_one(self) -> Result<Selection, Failed> {
         if self.subscriber.is_none() && !self.orphans {
-            let why = "name a subscriber, `hooktrail dead list` shows which have dead letters; or use --orphans, for those of no subscriber";
+            let why = "name a subscriber, `hooktrail dead list` shows which have dead letters; or `@log`, for those of no subscriber";
             return Err(Failed::Usage(why.to_owned()));
         }
         self.checked()

@@ -132,7 +132,7 @@ fn as_text(tallies: &[Tally], orphans: u64) -> String {
         line(&format!("\n{letters} of {whose}; `hooktrail dead list NAME` shows each"));
     }
     if orphans > 0 {
-        line(&format!("\n{}: `hooktrail dead list --orphans`", counted(orphans, "orphan(s)")));
+        line(&format!("\n{}: `hooktrail dead list @log`", counted(orphans, "orphan(s)")));
     }
     out
 }

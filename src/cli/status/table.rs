@@ -132,7 +132,7 @@ pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
     }
     if let Some(orphans) = found.queue.orphans.filter(|n| *n > 0) {
         line(&format!(
-            "\n{}: retries whose queue was gone, or no events in the source queue (hooktrail dead list --orphans)",
+            "\n{}: what came and is no event, or retries whose queue was gone (hooktrail dead list @log)",
             counted(orphans, "orphan(s)")
         ));
     }

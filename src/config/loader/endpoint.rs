@@ -33,11 +33,11 @@ pub(super) fn name(
         reader.report_missing(
             section,
             "name",
-            "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues",
+            &format!("is required: {}; it names the subscriber's queues", SubscriberName::RULE),
         );
         return None;
     };
-    let name = SubscriberName::try_new(&reader.string(&value)?)
+    let name = SubscriberName::configured(&reader.string(&value)?)
         .map_err(|why| reader.report(&value, format!("{why}; it names the subscriber's queues")))
         .ok()?;
     let here = format!("{}: {}", section.source.path.display(), value.key);

@@ -31,12 +31,13 @@ use super::{
 };
 use crate::{
     config::{Intake, IntakeConfig},
+    delivery::Reason,
     event::event_type,
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
     queue::{
         MAX_GROUP, NewEvent, QueueError,
-        embedded::{Appended, Delivered, EmbeddedQueue, Inflow},
+        embedded::{Appended, Delivered, EmbeddedQueue, Inflow, Invalid},
     },
     telemetry::{
         finding::Finding,
@@ -317,36 +318,30 @@ impl Inner {
     /// type that its body says.
     fn delivered(&self, mut delivery: Delivery) -> Delivered {
         let most = BatchPolicy::MAX_BYTES as usize;
-        match message::decoded(&delivery.properties, &delivery.data, most) {
-            Ok(None) => {}
-            Ok(Some(body)) => delivery.data = body,
-            // As it arrived it is no event, and becomes a dead letter.
-            Err(undecoded) => tracing::warn!(
-                queue = self.queue,
-                error = undecoded.error,
-                "an event cannot be decoded and is stored as it arrived"
-            ),
-        }
+        let decoded = match message::decoded(&delivery.properties, &delivery.data, most) {
+            Ok(None) => Ok(()),
+            Ok(Some(body)) => {
+                delivery.data = body;
+                Ok(())
+            }
+            // It is kept as it arrived.
+            Err(why) => Err(Invalid { reason: why.reason, error: why.error }),
+        };
+        let checked = decoded.and_then(|()| {
+            let invalid = |why| Invalid { reason: Reason::InvalidEvent, error: format!("{why}") };
+            event_type(&delivery.data).map_err(invalid)
+        });
         let routing_key = || delivery.routing_key.as_str().to_owned();
-        let event_type = match self.topology.intake() {
-            Intake::Exchange(_) => routing_key(),
-            Intake::SourceQueue(_) => match event_type(&delivery.data) {
-                Ok(event_type) => event_type.into_owned(),
-                Err(why) => {
-                    tracing::warn!(
-                        queue = self.queue,
-                        error = %why,
-                        "an invalid event goes by its routing key to the subscribers whose patterns match that"
-                    );
-                    routing_key()
-                }
-            },
+        let (event_type, invalid) = match (checked, self.topology.intake()) {
+            (Ok(event_type), Intake::SourceQueue(_)) => (event_type.into_owned(), None),
+            (Ok(_), Intake::Exchange(_)) => (routing_key(), None),
+            (Err(invalid), _) => (routing_key(), Some(invalid)),
         };
         let is_repeated = delivery.redelivered;
         let (message_id, traceparent) = message::origin(&delivery.properties);
         let body = Bytes::from(delivery.data);
         let event = NewEvent { event_type, message_id, body, traceparent };
-        Delivered { event, is_repeated }
+        Delivered { event, is_repeated, invalid }
     }
 }
 
@@ -474,10 +469,12 @@ impl Session<'_> {
                         ("stored", Appended::Stored),
                         ("unmatched", Appended::Unmatched),
                         ("known", Appended::Known),
+                        ("invalid", Appended::Invalid),
                     ] {
                         let events = results.iter().filter(|r| **r == result).count();
                         metrics.taken_in(what, events as u64);
                     }
+                    self.tell_invalid(group, &results);
                     return Ok(true);
                 }
                 Err(why) => why,
@@ -493,6 +490,21 @@ impl Session<'_> {
                 () = stopped(stopping.clone()) => return Ok(false),
                 () = storing.failed(&why) => {}
             }
+        }
+    }
+
+    /// Tells of the dead letters among what was stored: how many there are, and why the first is one.
+    fn tell_invalid(&self, group: &Group, results: &[Appended]) {
+        let all = group.events.iter().zip(results);
+        let new = all.filter(|(_, result)| **result == Appended::Invalid);
+        let mut why = new.filter_map(|(delivered, _)| delivered.invalid.as_ref());
+        if let Some(Invalid { error, .. }) = why.next() {
+            tracing::warn!(
+                queue = self.scribe.queue,
+                messages = 1 + why.count(),
+                error,
+                "what is no event is a dead letter: hooktrail dead list @log"
+            );
         }
     }
 

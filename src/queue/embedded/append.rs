@@ -1,18 +1,25 @@
-//! Events that come through a broker: stored unless they are known, and how that broker is bound.
+//! Stores events. Of those that come through a broker what is known is left out, and what is no event
+//! becomes a dead letter of the log. How that broker is bound is stored here too.
 
 use std::{
     collections::{BTreeSet, HashMap},
     fmt,
     sync::Arc,
+    time::SystemTime,
 };
 
 use futures_util::future::BoxFuture;
 use rusqlite::{Connection, params};
 use tokio::sync::watch;
 
-use super::{EmbeddedQueue, history::NOBODY, newest};
+use super::{
+    EmbeddedQueue, MAX_TRACEPARENT, consumer::insert_dead, dead::LOG, history::NOBODY, millis,
+    newest,
+};
 use crate::{
-    queue::{NewEvent, Published, Queue as _, QueueError},
+    clock,
+    delivery::{DeadLetter, Reason},
+    queue::{NewEvent, Published, QueueError},
     telemetry::{finding::Finding, troubles::Troubles},
 };
 
@@ -37,6 +44,15 @@ pub struct Delivered {
     pub event: NewEvent,
     /// It was delivered before, and perhaps stored.
     pub is_repeated: bool,
+    /// Why no subscriber can get it.
+    pub invalid: Option<Invalid>,
+}
+
+/// Why what was delivered is no event.
+#[derive(Debug, Clone)]
+pub struct Invalid {
+    pub reason: Reason,
+    pub error: String,
 }
 
 /// What became of a delivered event.
@@ -47,6 +63,8 @@ pub enum Appended {
     Unmatched,
     /// It was stored when it was delivered before.
     Known,
+    /// It is one dead letter, whoever would have wanted it.
+    Invalid,
 }
 
 /// A binding of a queue: the exchange, and the pattern.
@@ -60,28 +78,76 @@ impl EmbeddedQueue {
         self
     }
 
-    /// Stores events as [`publish`](crate::queue::Queue::publish) does, except those that are known:
-    /// repeated ones with a message id that a recent event of the log has, with the same type and bytes.
+    /// Stores events as [`publish`](crate::queue::Queue::publish) does, except invalid ones, which
+    /// become dead letters, and those that are known: repeated ones with a message id that a recent
+    /// event of the log has, with the same type and bytes.
     ///
     /// # Errors
     /// It is unknown whether they are stored.
     pub(crate) async fn append(&self, events: &[Delivered]) -> Result<Vec<Appended>, QueueError> {
         let known = self.known(events).await?;
-        let is_known = |n: &usize| known.contains(n);
-        let new: Vec<usize> = (0..events.len()).filter(|n| !is_known(n)).collect();
         let mut results = vec![Appended::Known; events.len()];
-        if new.is_empty() {
+        let (mut valid, mut places, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
+        for (n, delivered) in events.iter().enumerate().filter(|(n, _)| !known.contains(n)) {
+            let event = delivered.event.clone();
+            match &delivered.invalid {
+                None => {
+                    valid.push(event);
+                    places.push(n);
+                }
+                Some(why) => {
+                    results[n] = Appended::Invalid;
+                    invalid.push((event, why.clone()));
+                }
+            }
+        }
+        if valid.is_empty() && invalid.is_empty() {
             return Ok(results);
         }
-        let published =
-            self.publish(new.iter().map(|n| events[*n].event.clone()).collect()).await?;
-        for (n, published) in new.into_iter().zip(published) {
+        for (n, published) in places.into_iter().zip(self.insert(valid, invalid).await?) {
             results[n] = match published {
                 Published::Stored => Appended::Stored,
                 Published::Unmatched | Published::Refused => Appended::Unmatched,
             };
         }
         Ok(results)
+    }
+
+    /// Stores valid events, and what is none, in one transaction.
+    pub(super) async fn insert(
+        &self,
+        events: Vec<NewEvent>,
+        invalid: Vec<(NewEvent, Invalid)>,
+    ) -> Result<Vec<Published>, QueueError> {
+        let now = clock::now();
+        let queue = self.clone();
+        let insert = move |db: &Connection| {
+            // Lanes go on with a lost file as long as a process has it open; new events would be
+            // lost.
+            if let Some(lost) = queue.store().place().check_before_storing() {
+                return Ok(Err(lost));
+            }
+            let segments = queue.segments(db)?;
+            let for_history = queue.0.history.is_some();
+            let mut fates = Vec::with_capacity(events.len());
+            for event in &events {
+                let matched = segments.match_now(&event.event_type);
+                if matched || for_history {
+                    insert_event(db, event, now, (!matched).then_some(NOBODY))?;
+                }
+                fates.push(if matched { Published::Stored } else { Published::Unmatched });
+            }
+            for (event, Invalid { reason, error }) in invalid {
+                if for_history {
+                    insert_event(db, &event, now, Some(NOBODY))?;
+                }
+                let NewEvent { body, message_id, .. } = event;
+                let letter = DeadLetter::of_event(body, None, message_id, reason, error, now);
+                insert_dead(db, LOG, &letter)?;
+            }
+            Ok(Ok(fates))
+        };
+        self.store().write(insert).await?.map_err(QueueError::needs_operator)
     }
 
     /// The known ones among events, by their position.
@@ -148,6 +214,24 @@ impl EmbeddedQueue {
     }
 }
 
+fn insert_event(
+    db: &Connection,
+    event: &NewEvent,
+    at: SystemTime,
+    only_for: Option<&str>,
+) -> rusqlite::Result<()> {
+    let traceparent = event.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
+    db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
+        event.event_type,
+        event.message_id,
+        millis(at),
+        &event.body[..],
+        traceparent,
+        only_for
+    ])?;
+    Ok(())
+}
+
 /// The positions of those of `repeated`, by message id, that are among the newest events.
 fn find_known(
     db: &Connection,
@@ -181,7 +265,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::queue::embedded::tests::{config, subscribers};
+    use crate::queue::{
+        DeadLetters as _, Queue as _,
+        embedded::tests::{config, subscribers},
+    };
 
     fn delivered(id: Option<&str>, event_type: &str, body: &str, is_repeated: bool) -> Delivered {
         let event = NewEvent {
@@ -190,7 +277,7 @@ mod tests {
             body: body.to_owned().into(),
             traceparent: None,
         };
-        Delivered { event, is_repeated }
+        Delivered { event, is_repeated, invalid: None }
     }
 
     async fn stored(queue: &EmbeddedQueue) -> i64 {
@@ -256,6 +343,42 @@ mod tests {
             let result = queue.append(std::slice::from_ref(&again)).await.expect("appends");
             assert_eq!(result, [expected], "the newest is {newest}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_event_is_one_dead_letter_of_the_log_and_reaches_no_subscriber() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let all = subscribers(&[("a", "#"), ("b", "#")]);
+        queue.prepare(&all).await.expect("prepares");
+        let bad = |id: &str, again| Delivered {
+            invalid: Some(Invalid { reason: Reason::InvalidEvent, error: format!("why {id}") }),
+            ..delivered(Some(id), "x", "no event", again)
+        };
+        let mixed = [bad("1", false), delivered(Some("2"), "x", "{}", false), bad("3", false)];
+        let results = queue.append(&mixed).await.expect("appends");
+        assert_eq!(results, [Appended::Invalid, Appended::Stored, Appended::Invalid]);
+        assert_eq!(queue.append(&[bad("4", true)]).await.expect("appends"), [Appended::Invalid]);
+        let depths = queue.depths(&all).await.expect("counts");
+        assert_eq!((depths.orphans, depths.removed.len()), (3, 0), "{depths:?}");
+        for depth in depths.subscribers.values() {
+            assert_eq!((depth.events, depth.dead), (1, 0), "{depths:?}");
+        }
+        let everything = queue.everything().await.expect("counts");
+        assert_eq!((everything.orphans, everything.subscribers.len()), (3, 2), "{everything:?}");
+        let mut walk = queue.orphans().await.expect("opens");
+        assert_eq!(walk.left(), 3);
+        let mut found = Vec::new();
+        while let Some(held) = walk.next().await.expect("reads") {
+            assert_eq!((&held.subscriber, &held.letter.body[..]), (&None, &b"no event"[..]));
+            assert_eq!(held.letter.reason, Reason::InvalidEvent);
+            found.push((held.letter.id.clone().expect("an id"), held.letter.error.clone()));
+            walk.purge(vec![held]).await.expect("purges");
+        }
+        let expected = ["1", "3", "4"].map(|id| (id.to_owned(), format!("why {id}")));
+        assert_eq!(found, expected);
+        assert_eq!(queue.everything().await.expect("counts").orphans, 0);
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ use rusqlite::Connection;
 
 use super::{
     consumer::{self, Unsettled},
+    dead::LOG,
     each_waiting, millis, newest, parse_patterns,
 };
 use crate::{
@@ -39,8 +40,9 @@ pub(super) fn depths(
             (false, false) => depth.delayed += 1,
         }
     }
-    let mut query = db.prepare("SELECT subscriber, count(*) FROM dead GROUP BY 1")?;
-    let mut rows = query.query([])?;
+    let mut query =
+        db.prepare("SELECT subscriber, count(*) FROM dead WHERE subscriber <> ?1 GROUP BY 1")?;
+    let mut rows = query.query([LOG])?;
     while let Some(row) = rows.next()? {
         depths.entry(row.get(0)?).or_default().dead = row.get::<_, i64>(1)?.unsigned_abs();
     }

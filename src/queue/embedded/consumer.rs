@@ -986,7 +986,11 @@ pub(super) fn insert_retry(
     Ok(())
 }
 
-fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::Result<()> {
+pub(super) fn insert_dead(
+    db: &Connection,
+    subscriber: &str,
+    l: &DeadLetter,
+) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO dead (subscriber, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story, \
          prints) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",

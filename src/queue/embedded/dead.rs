@@ -1,4 +1,4 @@
-//! Walks through a subscriber's dead letters, replays them, purges them.
+//! Walks through dead letters, those of a subscriber or those of the log; replays them, purges them.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -24,11 +24,15 @@ use crate::{
 const AT_ONCE: i64 = 256;
 const AT_ONCE_BYTES: usize = 1 << 20;
 
-/// A walk through a subscriber's dead letters, oldest first.
+/// Whose the dead letters of the log are: what came and is no event. No subscriber has this name.
+pub(super) const LOG: &str = "@log";
+
+/// A walk through dead letters, oldest first.
 #[derive(Debug)]
 pub struct DeadLetters {
     store: Store,
     head: Arc<Head>,
+    /// Or [`LOG`].
     subscriber: String,
     /// Those that were read and not passed yet. Another walk may remove them meanwhile.
     read: VecDeque<Held>,
@@ -40,7 +44,22 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    pub(super) async fn open(
+    /// Those of the log, which are none's: nothing of them can be replayed.
+    pub(super) async fn of_log(store: Store, head: Arc<Head>) -> Result<Self, QueueError> {
+        let range = |db: &Connection| range(db, LOG);
+        let (left, upto) = store.read(range).await?;
+        Ok(Self {
+            store,
+            head,
+            subscriber: LOG.to_owned(),
+            read: VecDeque::new(),
+            after: 0,
+            upto,
+            left,
+        })
+    }
+
+    pub(super) async fn of_subscriber(
         store: Store,
         head: Arc<Head>,
         subscriber: &str,
@@ -48,9 +67,7 @@ impl DeadLetters {
         let name = subscriber.to_owned();
         let (left, upto, known) = store
             .read(move |db| {
-                let (left, upto) = db.query_row("SELECT count(*), coalesce(max(id), 0) FROM dead WHERE subscriber = ?1", [&name], |r| {
-                    Ok((r.get(0)?, r.get(1)?))
-                })?;
+                let (left, upto) = range(db, &name)?;
                 let known: bool = db.query_row(
                     "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1) OR EXISTS (SELECT 1 FROM retry WHERE subscriber = ?1)",
                     [&name],
@@ -124,6 +141,20 @@ impl queue::DeadLetters for DeadLetters {
     async fn close(self) -> Result<(), QueueError> {
         Ok(())
     }
+}
+
+/// How many letters there are, and the number of the last one.
+fn range(db: &Connection, subscriber: &str) -> rusqlite::Result<(u32, i64)> {
+    db.query_row(
+        "SELECT count(*), coalesce(max(id), 0) FROM dead WHERE subscriber = ?1",
+        [subscriber],
+        |r| Ok((r.get(0)?, r.get(1)?)),
+    )
+}
+
+/// The number of dead letters of the log.
+pub(super) fn orphans(db: &Connection) -> rusqlite::Result<u64> {
+    range(db, LOG).map(|(letters, _)| letters.into())
 }
 
 /// The first letters after a number and up to another.
@@ -210,7 +241,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
     };
     Ok(Held {
         letter,
-        subscriber: Some(subscriber.to_owned()),
+        subscriber: (subscriber != LOG).then(|| subscriber.to_owned()),
         tag: row.get::<_, i64>(0)?.unsigned_abs(),
     })
 }

@@ -167,7 +167,7 @@ pub const ALL: &[Definition] = &[
     gauge(
         "orphans",
         &[],
-        "Messages in the queue of orphans: retries without their subscriber's queue, and what is no event in a source queue",
+        "Orphans, the dead letters of no subscriber: retries without their subscriber's queue, and what is no event in a source queue or in the queue of `[queue] intake`",
     ),
     gauge(
         "removed_subscriber_messages",
@@ -228,7 +228,7 @@ pub const ALL: &[Definition] = &[
     counter(
         "intake_events",
         &["result"],
-        "Events that came through the RabbitMQ of `[queue] intake` into the embedded queue: stored, unmatched (no pattern matches them), known (redelivered, and stored before)",
+        "Events that came through the RabbitMQ of `[queue] intake` into the embedded queue: stored, unmatched (no pattern matches them), known (redelivered, and stored before), invalid (dead letters: `hooktrail dead list @log`)",
     ),
     gauge(
         "intake_queue_messages",

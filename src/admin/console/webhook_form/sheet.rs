@@ -123,7 +123,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
     let chosen = |field: &str, value: &str| form.get(field) == value;
     html! {
         @if is_new {
-            (line(form.get("name"), mistakes, "name", "Name", "siem", "1 to 64 of a-z, 0-9 and -; it names the queues, and stays."))
+            (line(form.get("name"), mistakes, "name", "Name", "siem", "1 to 64 of a-z, 0-9 and -, a letter or digit first and last; it names the queues, and stays."))
         }
         @let url = without_userinfo(form.get("url"));
         (line(&url, mistakes, "url", "URL", "https://example.com/hooks", if matches!(url, Cow::Owned(_)) { "Its name and password are not shown: type them again, before the host." } else { "Each batch is POSTed there." }))

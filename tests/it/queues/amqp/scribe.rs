@@ -188,6 +188,51 @@ fn the_headers_and_ids_of_events_are_those_of_their_producers() {
 }
 
 #[test]
+fn what_is_no_event_is_one_dead_letter_that_is_none_of_its_subscribers() {
+    run(async {
+        let (broker, api) = (Broker::shared(), Api::new());
+        let receiver = Receiver::accepting().await;
+        let through = Through::new(&broker);
+        let both = subscriber("a", &receiver.url, "") + &subscriber("b", &receiver.url, "");
+        let setup = Setup::new(&through, &(QUICK.to_owned() + &api.section() + &both));
+        let daemon = setup.start().await;
+        wait_consuming(&api).await;
+        broker.publish(TYPE, ["{\"event\":", "[]"]).await;
+        let of = |encoding: &str| BasicProperties::default().with_content_encoding(encoding.into());
+        broker.put(&broker.exchange, TYPE, b"damaged", of("gzip")).await;
+        broker.publish(TYPE, [event(0)]).await;
+        receiver.wait_requests(2).await;
+        daemon.wait_log("what is no event is a dead letter").await;
+        let invalid = "hooktrail_intake_events_total{result=\"invalid\"}";
+        assert_eq!(api.metric(invalid).await, Some(3.0));
+        eventually("status shows them", async || {
+            setup.ok(&["status"]).contains("3 orphans: what came and is no event")
+        })
+        .await;
+        assert_eq!(api.metric("hooktrail_orphans").await, Some(3.0));
+        let letters = setup.dead("@log");
+        let of =
+            |key: &str| letters.iter().map(|l| l[key].as_str().unwrap_or("")).collect::<Vec<_>>();
+        assert_eq!(of("reason"), ["invalid_event"; 3], "{letters:?}");
+        assert!(of("error")[2].contains("gzip"), "{letters:?}");
+        let exported = setup.ok(&["dead", "export", "@log"]);
+        for (line, body) in exported.lines().zip(["{\"event\":", "[]", "damaged"]) {
+            let letter: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            assert_eq!(letter["body"], body);
+        }
+        assert!(setup.ok(&["dead", "show", "@log", "@2"]).contains("[]"));
+        let replay = setup.ok(&["dead", "replay", "@log"]);
+        assert!(replay.contains("queued 0 of 3 orphans, skipped 3"), "{replay}");
+        for name in ["a", "b"] {
+            assert_eq!(through.queue.dead(name).await, 0);
+        }
+        assert!(setup.ok(&["dead", "purge", "@log", "--yes"]).contains("purged 3 of 3 orphans"));
+        assert_eq!(setup.ok(&["dead", "list", "--orphans"]), "no orphans\n");
+        assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
 fn an_intake_queue_with_other_arguments_is_named_and_what_is_in_the_log_is_delivered() {
     run(async {
         let (broker, api) = (Broker::shared(), Api::new());
@@ -414,10 +459,12 @@ fn a_source_queue_is_taken_from_exclusively_by_the_types_in_the_bodies() {
         wait_consuming(&api).await;
         broker.publish_to("", &source, (0..2000).map(event)).await;
         receiver.wait_all(2000).await;
-        // It has no type but that by which it came.
+        // It has no type: nobody's pattern is compared with it.
         broker.publish_to("", &source, ["no event"]).await;
-        through.queue.wait("a dead letter", async || through.queue.dead("b").await == 1).await;
-        assert_eq!(setup.dead("b")[0]["reason"], "invalid_event");
+        eventually("a dead letter", async || setup.ok(&["dead", "list"]).contains("1 orphan:"))
+            .await;
+        assert_eq!(setup.dead("@log")[0]["reason"], "invalid_event");
+        assert_eq!(through.queue.dead("b").await, 0);
         let (connection, channel) = broker.channel().await;
         let (options, table) = (BasicConsumeOptions::default(), FieldTable::default());
         let refused =
