@@ -237,16 +237,16 @@ pub trait Queue: Clone + Send + Sync + 'static {
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
-    /// What the queue knows of an event of history that a subscriber was to get.
+    /// What the queue knows of an event of history that these subscribers were to get, in their order.
     ///
     /// # Errors
     /// The queue cannot be read.
     fn progress(
         &self,
-        _subscriber: &SubscriberName,
+        subscribers: &[SubscriberName],
         _event: EventNumber,
-    ) -> impl Future<Output = Result<Progress, QueueError>> + Send {
-        std::future::ready(Ok(Progress::Unknown))
+    ) -> impl Future<Output = Result<Vec<Progress>, QueueError>> + Send {
+        std::future::ready(Ok(vec![Progress::Unknown; subscribers.len()]))
     }
 
     /// Whether a batch waits for an attempt, or is in flight; `None` if the queue would have to be read

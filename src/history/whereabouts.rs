@@ -28,8 +28,11 @@ const READ_TIME: Duration = Duration::from_millis(200);
 /// The time that the deliveries of all subscribers are read for that were not to get the event.
 const NOT_MATCHED_TIME: Duration = Duration::from_secs(1);
 
-/// The longest time for which a queue is asked for one subscriber.
+/// The longest time for which a queue is asked for some subscribers.
 const ASK_TIME: Duration = Duration::from_secs(1);
+
+/// The subscribers that a queue is asked for at once, so that a slow one answers for some of many.
+const ASKED_FOR: usize = 256;
 
 /// An event's time has whole seconds, if its producer set it, and another machine's clock. A change
 /// of patterns or a delivery that is this close to it may be before it or after it.
@@ -38,20 +41,16 @@ const BLUR: Duration = Duration::from_secs(5);
 /// The most that a producer's clock is believed to be ahead, as for every timestamp.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
-/// What a subscriber's lane and queue say.
-#[derive(Debug, Clone, Default)]
-pub struct Lane {
-    pub paused: Option<Pause>,
-    pub progress: Progress,
-}
-
 /// Answers for the lanes.
 pub trait Lanes: Sync {
-    fn lane(
+    fn pause(&self, subscriber: &SubscriberName) -> Option<Pause>;
+
+    /// What the queue knows of an event that these subscribers were to get, in their order.
+    fn progress(
         &self,
-        subscriber: &SubscriberName,
+        subscribers: &[SubscriberName],
         event: EventNumber,
-    ) -> impl Future<Output = Lane> + Send;
+    ) -> impl Future<Output = Vec<Progress>> + Send;
 
     /// Whether the subscriber's queue has a batch; `None` if that is not known.
     fn has_batch(
@@ -70,16 +69,21 @@ pub struct LanesOf<Q> {
 }
 
 impl<Q: Queue> Lanes for LanesOf<Q> {
-    async fn lane(&self, subscriber: &SubscriberName, event: EventNumber) -> Lane {
-        let progress = match &self.queue {
-            Some(queue) => {
-                let asked = timeout(ASK_TIME, queue.progress(subscriber, event)).await;
-                asked.ok().and_then(Result::ok).unwrap_or_default()
+    fn pause(&self, subscriber: &SubscriberName) -> Option<Pause> {
+        self.pauses.get(subscriber).and_then(|state| state.pause().cloned())
+    }
+
+    async fn progress(&self, subscribers: &[SubscriberName], event: EventNumber) -> Vec<Progress> {
+        let mut found = Vec::with_capacity(subscribers.len());
+        if let Some(queue) = &self.queue {
+            for some in subscribers.chunks(ASKED_FOR) {
+                let asked = timeout(ASK_TIME, queue.progress(some, event)).await;
+                let Ok(Ok(some)) = asked else { break };
+                found.extend(some);
             }
-            None => Progress::Unknown,
-        };
-        let paused = self.pauses.get(subscriber).and_then(|state| state.pause().cloned());
-        Lane { paused, progress }
+        }
+        found.resize(subscribers.len(), Progress::Unknown);
+        found
     }
 
     async fn has_batch(&self, subscriber: &SubscriberName, id: &BatchId) -> Option<bool> {
@@ -201,7 +205,7 @@ pub async fn of_event<S: Store>(
         })
         .collect();
     let mut recorded = recorded(store, event, &wishes, &reach.gaps).await?;
-    let mut found = Vec::with_capacity(wishes.len());
+    let (mut found, mut open) = (Vec::with_capacity(wishes.len()), Vec::new());
     for (subscriber, wish) in wishes {
         let configured = configured.contains_key(&subscriber);
         let with_event = recorded.remove(&subscriber).unwrap_or_default();
@@ -210,12 +214,9 @@ pub async fn of_event<S: Store>(
             let decisive = deliveries.first();
             let decisive = with_event.deliveries.iter().find(|d| Some(&d.id) == decisive);
             if let Some(delivery) = decisive
-                && let Some(why) = doubt(
-                    known,
-                    &Known { delivery, configured, gaps: &reach.gaps, event, now },
-                    lanes,
-                )
-                .await
+                && let Some(why) =
+                    doubt(known, &Known { delivery, configured, gaps: &reach.gaps, now }, lanes)
+                        .await
             {
                 fate = Some(Fate::Unknown { why });
             }
@@ -223,19 +224,27 @@ pub async fn of_event<S: Store>(
         if let Wish::Not(patterns) = &wish {
             fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
         }
-        let mut lane = Lane::default();
         if fate.is_none() && configured {
-            lane = lanes.lane(&subscriber, event.number).await;
-            fate = undelivered(&lane);
+            let is_matched = matches!(wish, Wish::Matched);
+            open.push((found.len(), is_matched, subscriber.clone()));
         }
         let fate = fate.unwrap_or_else(|| match wish {
             Wish::Unclear(why) => Fate::Unknown { why },
-            _ => {
-                let why = why_unknown(event, &with_event, &reach, now);
-                Fate::Unknown { why: why + &in_queue(&lane) }
-            }
+            _ => Fate::Unknown { why: why_unknown(event, &with_event, &reach, now) },
         });
         found.push(Whereabouts { subscriber, configured, fate, deliveries });
+    }
+    let names: Vec<SubscriberName> = open.iter().map(|(_, _, name)| name.clone()).collect();
+    let progress = lanes.progress(&names, event.number).await;
+    for ((n, is_matched, name), progress) in open.into_iter().zip(progress) {
+        let paused = lanes.pause(&name);
+        match &mut found[n].fate {
+            fate if progress == Progress::Waits => *fate = Fate::Waiting { paused },
+            Fate::Unknown { why } if is_matched => {
+                why.push_str(&in_queue(progress, paused.is_some()));
+            }
+            _ => {}
+        }
     }
     Ok(found)
 }
@@ -417,13 +426,12 @@ struct Known<'a> {
     delivery: &'a Delivery,
     configured: bool,
     gaps: &'a [Gap],
-    event: &'a EventRow,
     now: SystemTime,
 }
 
 /// Why a recorded fate may not hold any more. The queue knows better where it can be asked.
 async fn doubt(fate: &Fate, known: &Known<'_>, lanes: &impl Lanes) -> Option<String> {
-    let Known { delivery, configured, gaps, event, now } = *known;
+    let Known { delivery, configured, gaps, now } = *known;
     match fate {
         Fate::InFlight { .. } | Fate::Retrying { .. } => {
             let overdue = delivery.doubt(now);
@@ -446,17 +454,11 @@ async fn doubt(fate: &Fate, known: &Known<'_>, lanes: &impl Lanes) -> Option<Str
         }
         // Another daemon may have resumed and delivered it.
         Fate::Paused { .. } if configured => {
-            let lane = lanes.lane(&delivery.subscriber, event.number).await;
             let why = "it waited for its subscriber to be resumed, which is not known to be paused any more";
-            lane.paused.is_none().then(|| why.to_owned())
+            lanes.pause(&delivery.subscriber).is_none().then(|| why.to_owned())
         }
         _ => None,
     }
-}
-
-/// The fate of an event of which no delivery is recorded, if the queue decides it.
-fn undelivered(lane: &Lane) -> Option<Fate> {
-    (lane.progress == Progress::Waits).then(|| Fate::Waiting { paused: lane.paused.clone() })
 }
 
 fn lacks_deliveries(gap: &Gap) -> String {
@@ -497,8 +499,8 @@ fn why_unknown(event: &EventRow, found: &WithEvent, reach: &Reach, now: SystemTi
 }
 
 /// What the subscriber's queue says of an event that may be in it.
-fn in_queue(lane: &Lane) -> String {
-    let mut text = match lane.progress {
+fn in_queue(progress: Progress, is_paused: bool) -> String {
+    let mut text = match progress {
         Progress::Among(0) => "; nothing waits in the queue".to_owned(),
         Progress::Among(n) => format!(
             "; {} in the queue, and it may be among them",
@@ -506,7 +508,7 @@ fn in_queue(lane: &Lane) -> String {
         ),
         Progress::Waits | Progress::Passed | Progress::Unknown => String::new(),
     };
-    if lane.paused.is_some() {
+    if is_paused {
         text.push_str("; the subscriber is paused");
     }
     text
@@ -538,14 +540,19 @@ mod tests {
     struct Fixture {
         store: FakeStore,
         configured: BTreeMap<SubscriberName, Vec<Pattern>>,
-        lane: Lane,
+        paused: Option<Pause>,
+        progress: Progress,
         has_batch: Option<bool>,
         now: SystemTime,
     }
 
     impl Lanes for Fixture {
-        async fn lane(&self, _: &SubscriberName, _: EventNumber) -> Lane {
-            self.lane.clone()
+        fn pause(&self, _: &SubscriberName) -> Option<Pause> {
+            self.paused.clone()
+        }
+
+        async fn progress(&self, all: &[SubscriberName], _: EventNumber) -> Vec<Progress> {
+            vec![self.progress; all.len()]
         }
 
         async fn has_batch(&self, _: &SubscriberName, _: &BatchId) -> Option<bool> {
@@ -566,8 +573,8 @@ mod tests {
             };
             store.append(vec![event]).await.expect("appends");
             let configured = BTreeMap::from([("a".into(), patterns("#"))]);
-            let (lane, has_batch, now) = (Lane::default(), None, at(1500));
-            let fixture = Self { store, configured, lane, has_batch, now };
+            let (paused, progress, has_batch, now) = (None, Progress::Unknown, None, at(1500));
+            let fixture = Self { store, configured, paused, progress, has_batch, now };
             fixture.subscribed("#", 10).await;
             fixture
         }
@@ -799,7 +806,7 @@ mod tests {
         f.record("m1", 1001, vec![started(1), ended(1, 503), Change::Paused]).await;
         assert!(f.unknown().await.contains("resumed"));
         let pause = Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() };
-        f.lane.paused = Some(pause);
+        f.paused = Some(pause);
         assert_eq!(f.fate().await, Fate::Paused { last: last("m1", 1, 503) });
     }
 
@@ -812,7 +819,7 @@ mod tests {
         assert_eq!(f.fate().await.name(), "delivered");
         f.store.memory().deliveries.truncate(1);
         f.store.memory().deliveries[0].state = DeliveryState::Interrupted;
-        f.lane.progress = Progress::Waits;
+        f.progress = Progress::Waits;
         assert_eq!(f.fate().await, Fate::Waiting { paused: None });
     }
 
@@ -846,11 +853,11 @@ mod tests {
         for (progress, waits) in
             [(Progress::Waits, true), (Progress::Passed, false), (Progress::Unknown, false)]
         {
-            f.lane.progress = progress;
+            f.progress = progress;
             assert_eq!(matches!(f.fate().await, Fate::Waiting { .. }), waits, "{progress:?}");
         }
         let pause = Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() };
-        f.lane = Lane { paused: Some(pause.clone()), progress: Progress::Waits };
+        (f.paused, f.progress) = (Some(pause.clone()), Progress::Waits);
         assert_eq!(f.fate().await, Fate::Waiting { paused: Some(pause) });
         f.configured.clear();
         assert_eq!(f.fate().await.name(), "unknown", "a removed subscriber has no lane");
@@ -869,12 +876,11 @@ mod tests {
             (1, "; 1 event waits in the queue, and it may be among them"),
             (7, "; 7 events wait in the queue, and it may be among them"),
         ] {
-            f.lane.progress = Progress::Among(waiting);
+            f.progress = Progress::Among(waiting);
             let why = f.unknown().await;
             assert!(why.ends_with(part), "{why}");
         }
-        f.lane.paused =
-            Some(Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() });
+        f.paused = Some(Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() });
         assert!(f.unknown().await.ends_with("; the subscriber is paused"));
         f.record("m2", 1001, vec![started(1), ended(1, 200), Change::Delivered]).await;
         assert_eq!(f.fate().await.name(), "delivered");

@@ -505,12 +505,17 @@ impl Queue for AmqpQueue {
 
     async fn progress(
         &self,
-        subscriber: &SubscriberName,
+        subscribers: &[SubscriberName],
         _event: EventNumber,
-    ) -> Result<Progress, QueueError> {
-        // A queue of RabbitMQ can be read only by taking from it.
-        let waiting = self.0.broker().messages(&self.0.topology.main(subscriber)).await?;
-        Ok(waiting.map_or(Progress::Unknown, Progress::Among))
+    ) -> Result<Vec<Progress>, QueueError> {
+        let mut broker = self.0.broker();
+        let mut found = Vec::with_capacity(subscribers.len());
+        for subscriber in subscribers {
+            // A queue of RabbitMQ can be read only by taking from it.
+            let waiting = broker.messages(&self.0.topology.main(subscriber)).await?;
+            found.push(waiting.map_or(Progress::Unknown, Progress::Among));
+        }
+        Ok(found)
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {

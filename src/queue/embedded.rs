@@ -555,31 +555,12 @@ impl Queue for EmbeddedQueue {
 
     async fn progress(
         &self,
-        subscriber: &SubscriberName,
+        subscribers: &[SubscriberName],
         event: EventNumber,
-    ) -> Result<Progress, QueueError> {
-        self.keep_of(subscriber).await.ok(); // what is not stored waits
-        let name = subscriber.clone();
-        let waits = move |db: &Connection| {
-            let row = db
-                .prepare_cached("SELECT type, only_for FROM event WHERE seq = ?1")?
-                .query_row([event.0], |r| {
-                    Ok((r.get::<_, String>(0)?, r.get::<_, Option<String>>(1)?))
-                })
-                .optional()?;
-            let Some((event_type, only_for)) = row else { return Ok(false) };
-            let segments = db
-                .prepare_cached("SELECT patterns FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2")?
-                .query_map(params![name, event.0], |r| r.get(0))?
-                .collect::<rusqlite::Result<Vec<String>>>()?;
-            let in_segment = segments
-                .iter()
-                .any(|text| is_for(&name, &parse_patterns(text), &event_type, only_for.as_deref()));
-            let ahead = consumer::ahead(db, &name)?;
-            Ok(in_segment && !ahead.iter().any(|run| run.contains(&event.0)))
-        };
-        let waits = self.store().read(waits).await?;
-        Ok(if waits { Progress::Waits } else { Progress::Passed })
+    ) -> Result<Vec<Progress>, QueueError> {
+        self.0.keeper.store_all().await.ok(); // what is not stored waits
+        let names = subscribers.to_vec();
+        self.store().read_long(move |db| progress(db, &names, event.0)).await
     }
 
     async fn has_batch(
@@ -818,6 +799,36 @@ fn each_waiting(
     Ok(())
 }
 
+/// How far each of the subscribers has come with an event.
+fn progress(
+    db: &Connection,
+    subscribers: &[SubscriberName],
+    event: i64,
+) -> rusqlite::Result<Vec<Progress>> {
+    let row = db
+        .prepare_cached("SELECT type, only_for FROM event WHERE seq = ?1")?
+        .query_row([event], |r| Ok((r.get::<_, String>(0)?, r.get::<_, Option<String>>(1)?)))
+        .optional()?;
+    let Some((event_type, only_for)) = row else {
+        return Ok(vec![Progress::Passed; subscribers.len()]);
+    };
+    let mut segments = db.prepare_cached(
+        "SELECT patterns FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2",
+    )?;
+    let mut of_one = |name: &SubscriberName| {
+        let mut rows = segments.query(params![name, event])?;
+        while let Some(row) = rows.next()? {
+            let patterns = parse_patterns(row.get_ref(0)?.as_str()?);
+            if is_for(name, &patterns, &event_type, only_for.as_deref()) {
+                let is_settled = consumer::ahead(db, name)?.iter().any(|run| run.contains(&event));
+                return Ok(if is_settled { Progress::Passed } else { Progress::Waits });
+            }
+        }
+        Ok(Progress::Passed)
+    };
+    subscribers.iter().map(&mut of_one).collect()
+}
+
 fn is_for(
     subscriber: &str,
     patterns: &[Pattern],
@@ -937,6 +948,29 @@ mod tests {
         settler.settle(receipts[4..].to_vec(), Settlement::Delivered).await.expect("settles");
         queue.trim().await.expect("trims");
         assert_eq!(stored(&queue).await, 0);
+    }
+
+    #[tokio::test]
+    async fn how_far_many_are_with_an_event_is_told_in_their_order() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let all = subscribers(&[("ahead", "x"), ("done", "x"), ("other", "y"), ("waits", "x")]);
+        queue.prepare(&all).await.expect("prepares");
+        publish(&queue, "x", 3).await;
+        let change = "UPDATE segment SET after = 2 WHERE subscriber = 'done'; INSERT INTO ahead VALUES ('ahead', 2, 3)";
+        queue.store().write(move |db| db.execute_batch(change)).await.expect("writes");
+        let names = ["waits", "done", "unknown", "ahead", "other"].map(SubscriberName::from);
+        use Progress::{Passed, Waits};
+        for (event, expected) in [
+            (1, [Waits, Passed, Passed, Waits, Passed]),
+            (2, [Waits, Passed, Passed, Passed, Passed]),
+            (3, [Waits, Waits, Passed, Passed, Passed]),
+            (4, [Passed; 5]),
+        ] {
+            let found = queue.progress(&names, EventNumber(event)).await.expect("reads");
+            assert_eq!(found, expected, "event {event}");
+        }
     }
 
     #[tokio::test]

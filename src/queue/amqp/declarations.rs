@@ -123,6 +123,31 @@ impl Topology {
         }
     }
 
+    /// Finds queues of another configuration with this prefix, in which events wait or may come to,
+    /// while events come through a broker into the embedded queue.
+    pub(super) async fn find_former(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let prefix = self.prefix();
+        if broker.depth(&self.state()).await?.is_some() {
+            return Err(QueueError::needs_operator(format!(
+                "there are queues of subscribers with prefix `{prefix}` in RabbitMQ: with [queue] intake nothing is taken from them, and what is published goes on coming into them"
+            ))
+            .remedied(format!(
+                "run with RabbitMQ as [queue] url, and producers stopped, until hooktrail status shows nothing that waits; then, with that configuration, hooktrail prune --all deletes them; or choose another prefix than `{prefix}` where they belong to other daemons"
+            )));
+        }
+        if let Intake::SourceQueue(source) = self.intake() {
+            let intake = self.intake_queue();
+            // Also an empty one: it is bound, and what is published goes on coming into it.
+            if broker.depth(&intake).await?.is_some() {
+                return Err(QueueError::needs_operator(format!(
+                    "queue `{intake}` gets events, and [queue] source_queue `{source}` is taken from instead"
+                ))
+                .remedied("run with [queue] exchange, and producers stopped, until it is empty, and delete it: rabbitmqctl delete_queue"));
+            }
+        }
+        Ok(())
+    }
+
     /// Checks the source of the events, and declares nothing that is missing.
     pub(super) async fn inspect_intake(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match self.intake() {

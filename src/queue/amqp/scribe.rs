@@ -4,7 +4,7 @@
 //! Producers publish to an exchange, from which one queue, `PREFIX.intake`, gets all that is bound; or
 //! the scribe takes from a queue of its owner's. One daemon at a time takes.
 
-use std::{collections::BTreeSet, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt::Display, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -36,7 +36,7 @@ use crate::{
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
     queue::{
-        MAX_GROUP, NewEvent, QueueError,
+        MAX_GROUP, NewEvent, Queue as _, QueueError,
         embedded::{Appended, Delivered, EmbeddedQueue, Inflow, Invalid},
     },
     telemetry::{
@@ -45,6 +45,7 @@ use crate::{
         outage::ReportedOutage,
         troubles::{Harms, Troubles},
     },
+    wording::visible,
 };
 
 /// The most events that may be on their way to the scribe; their [sizes](Sizes) may allow fewer.
@@ -55,9 +56,6 @@ const GROUP_BYTES: usize = 1 << 20;
 
 /// The longest that an event waits for others that are stored together with it.
 const GROUP_WAIT: Duration = Duration::from_millis(20);
-
-/// Newest events of the log whose sizes say how large the next ones may be.
-const SIZES: u32 = 2000;
 
 /// Time between two checks that exchange, queue and bindings exist.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -118,7 +116,7 @@ impl Scribe {
     /// There are, or could be.
     pub async fn may_start(&self) -> Result<(), QueueError> {
         let mut broker = Broker::new(&self.0.pool);
-        match timeout(START_TIMEOUT, self.0.find_former(&mut broker)).await {
+        match timeout(START_TIMEOUT, self.0.topology.find_former(&mut broker)).await {
             Ok(Err(e)) if e.is_for_operator() => Err(e),
             Ok(Ok(()) | Err(_)) | Err(_) => Ok(()),
         }
@@ -144,22 +142,21 @@ impl Inflow for Scribe {
 
 impl Inner {
     async fn run(&self, log: &EmbeddedQueue, stopping: &watch::Receiver<bool>) {
+        self.metrics.set_intake_up(false);
         let what = format!("the intake from queue `{}`", self.queue);
         let mut scribing = ReportedOutage::new(what, Harms::Queue, &self.troubles);
         let what = format!("checking what queue `{}` needs", self.queue);
         let mut checking = ReportedOutage::new(what, Harms::Queue, &self.troubles);
-        let mut sizes = Sizes::default();
-        if let Ok(newest) = log.newest_sizes(SIZES).await {
-            newest.into_iter().for_each(|bytes| sizes.saw(bytes as usize));
-        }
         loop {
+            // What has come into the queue since the last session may be larger.
+            let sizes = Sizes::default();
             let opened = tokio::select! {
                 () = stopped(stopping.clone()) => return,
                 opened = self.open(log, &sizes, &mut checking) => opened,
             };
             let ended = match opened {
                 Ok(line) => {
-                    let mut session = Session { scribe: self, log, line, sizes: &mut sizes };
+                    let mut session = Session { scribe: self, log, line, sizes, is_active: false };
                     let ended = session.run(stopping, &mut scribing, &mut checking).await;
                     session.line.close().await;
                     ended
@@ -167,6 +164,7 @@ impl Inner {
                 Err(e) => Err(e),
             };
             let Err(e) = ended else { return };
+            self.metrics.set_intake_up(false);
             tokio::select! {
                 () = stopped(stopping.clone()) => return,
                 () = scribing.failed(&e) => {}
@@ -180,10 +178,13 @@ impl Inner {
         sizes: &Sizes,
         checking: &mut ReportedOutage,
     ) -> Result<Line, QueueError> {
+        // What is taken meanwhile would be requeued, which brokers count, and is kept from another
+        // daemon.
+        log.writable().await;
         let mut broker = Broker::new(&self.pool);
-        self.find_former(&mut broker).await?;
+        self.topology.find_former(&mut broker).await?;
         self.ensure_queue(&mut broker, log).await?;
-        match self.ensure_bound(&mut broker, log).await {
+        match self.ensure_bound(&mut broker, log, false).await {
             Ok(()) => checking.recovered(),
             // What waits in the queue is taken, whatever there is to mend.
             Err(e) => checking.fails(&e),
@@ -226,30 +227,6 @@ impl Inner {
         error
     }
 
-    /// Finds queues of another configuration with this prefix, in which events wait or may come to.
-    async fn find_former(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
-        let prefix = self.topology.prefix();
-        if broker.depth(&self.topology.state()).await?.is_some() {
-            return Err(QueueError::needs_operator(format!(
-                "there are queues of subscribers with prefix `{prefix}` in RabbitMQ: with [queue] intake nothing is taken from them, and what is published goes on coming into them"
-            ))
-            .remedied(format!(
-                "run with RabbitMQ as [queue] url, and producers stopped, until hooktrail status shows nothing that waits; then, with that configuration, hooktrail prune --all deletes them; or choose another prefix than `{prefix}` where they belong to other daemons"
-            )));
-        }
-        if let Intake::SourceQueue(source) = &self.config.amqp.intake {
-            let intake = self.topology.intake_queue();
-            // Also an empty one: it is bound, and what is published goes on coming into it.
-            if broker.depth(&intake).await?.is_some() {
-                return Err(QueueError::needs_operator(format!(
-                    "queue `{intake}` gets events, and [queue] source_queue `{source}` is taken from instead"
-                ))
-                .remedied("run with [queue] exchange, and producers stopped, until it is empty, and delete it: rabbitmqctl delete_queue"));
-            }
-        }
-        Ok(())
-    }
-
     /// Declares the queue if it is missing.
     async fn ensure_queue(
         &self,
@@ -272,11 +249,14 @@ impl Inner {
         Ok(())
     }
 
-    /// Declares the exchange if it is missing, and binds the queue as configured.
+    /// Declares the exchange if it is missing, and binds the queue as configured. What is not
+    /// configured any more is unbound by the daemon that is `active`: to one that waits for the queue
+    /// it is not known what that one wants.
     async fn ensure_bound(
         &self,
         broker: &mut Broker<'_>,
         log: &EmbeddedQueue,
+        active: bool,
     ) -> Result<(), QueueError> {
         let Intake::Exchange(exchange) = self.topology.intake() else { return Ok(()) };
         self.topology.ensure_events(broker).await?;
@@ -293,7 +273,7 @@ impl Inner {
         for (exchange, pattern) in &wanted {
             broker.bind(&self.queue, exchange, pattern).await?;
         }
-        if bound.is_subset(&wanted) {
+        if !active || bound.is_subset(&wanted) {
             return Ok(());
         }
         for (exchange, pattern) in bound.difference(&wanted) {
@@ -304,10 +284,10 @@ impl Inner {
     }
 
     /// Checks what the queue needs, and how much waits in it.
-    async fn check(&self, log: &EmbeddedQueue) -> Result<(), QueueError> {
+    async fn check(&self, log: &EmbeddedQueue, active: bool) -> Result<(), QueueError> {
         let mut broker = Broker::new(&self.pool);
         self.ensure_queue(&mut broker, log).await?;
-        self.ensure_bound(&mut broker, log).await?;
+        self.ensure_bound(&mut broker, log, active).await?;
         if let Some(waiting) = broker.messages(&self.queue).await? {
             self.metrics.set_intake_waiting(waiting);
         }
@@ -318,6 +298,11 @@ impl Inner {
     /// type that its body says.
     fn delivered(&self, mut delivery: Delivery) -> Delivered {
         let most = BatchPolicy::MAX_BYTES as usize;
+        let key = delivery.routing_key.as_str().to_owned();
+        let invalid = |reason, why: &dyn Display| Invalid {
+            reason,
+            error: format!("published as `{}`: {why}", visible(&key)),
+        };
         let decoded = match message::decoded(&delivery.properties, &delivery.data, most) {
             Ok(None) => Ok(()),
             Ok(Some(body)) => {
@@ -325,17 +310,20 @@ impl Inner {
                 Ok(())
             }
             // It is kept as it arrived.
-            Err(why) => Err(Invalid { reason: why.reason, error: why.error }),
+            Err(why) => Err(invalid(why.reason, &why.error)),
         };
         let checked = decoded.and_then(|()| {
-            let invalid = |why| Invalid { reason: Reason::InvalidEvent, error: format!("{why}") };
-            event_type(&delivery.data).map_err(invalid)
+            let bytes = delivery.data.len();
+            if bytes > most {
+                let why = format!("it has {bytes} bytes, and a request body at most {most}");
+                return Err(invalid(Reason::TooLarge, &why));
+            }
+            event_type(&delivery.data).map_err(|why| invalid(Reason::InvalidEvent, &why))
         });
-        let routing_key = || delivery.routing_key.as_str().to_owned();
         let (event_type, invalid) = match (checked, self.topology.intake()) {
             (Ok(event_type), Intake::SourceQueue(_)) => (event_type.into_owned(), None),
-            (Ok(_), Intake::Exchange(_)) => (routing_key(), None),
-            (Err(invalid), _) => (routing_key(), Some(invalid)),
+            (Ok(_), Intake::Exchange(_)) => (key, None),
+            (Err(invalid), _) => (key.clone(), Some(invalid)),
         };
         let is_repeated = delivery.redelivered;
         let (message_id, traceparent) = message::origin(&delivery.properties);
@@ -357,7 +345,9 @@ struct Session<'s> {
     scribe: &'s Inner,
     log: &'s EmbeddedQueue,
     line: Line,
-    sizes: &'s mut Sizes,
+    sizes: Sizes,
+    /// Something was delivered: no other daemon has the queue.
+    is_active: bool,
 }
 
 impl Session<'_> {
@@ -379,7 +369,7 @@ impl Session<'_> {
                 biased;
                 () = stopped(stopping.clone()) => return Ok(()),
                 _ = checks.tick() => {
-                    match self.scribe.check(self.log).await {
+                    match self.scribe.check(self.log, self.is_active).await {
                         Ok(()) => checking.recovered(),
                         // What waits in the queue is taken all the same; a queue that is gone ends
                         // its consumer.
@@ -389,13 +379,15 @@ impl Session<'_> {
                 }
                 () = &mut steady, if !is_steady => {
                     is_steady = true;
-                    scribing.recovered();
+                    self.works(scribing);
                     continue;
                 }
                 first = self.line.next() => first.map_err(|why| self.scribe.error(&why))?,
             };
             let Some(first) = first else {
-                let begun = self.line.begin(self.sizes).await;
+                // Another consumer may have come between two of this one.
+                self.scribe.is_free(&mut Broker::new(&self.scribe.pool)).await?;
+                let begun = self.line.begin(&self.sizes).await;
                 begun.map_err(|unusable| self.scribe.unusable(&unusable))?;
                 continue;
             };
@@ -403,19 +395,23 @@ impl Session<'_> {
             if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&first).await? {
                 return Err(source_is_stream(&self.scribe.queue));
             }
-            let mut group = self.gather(first).await?;
+            self.is_active = true;
+            let group = self.gather(first).await?;
             reached(Step::Taken);
-            if !self.store(&mut group, stopping).await? {
-                return Ok(());
-            }
+            self.store(&group).await?;
             reached(Step::Scribed);
-            let fitted = self.line.fit(self.sizes, group.events.len()).await;
+            let fitted = self.line.fit(&self.sizes, group.events.len()).await;
             fitted.map_err(|why| self.scribe.error(&why))?;
             self.ack(&group).await?;
             reached(Step::Acked);
             is_steady = true;
-            scribing.recovered();
+            self.works(scribing);
         }
+    }
+
+    fn works(&self, scribing: &mut ReportedOutage) {
+        self.scribe.metrics.set_intake_up(true);
+        scribing.recovered();
     }
 
     async fn is_of_stream(&self, delivery: &Delivery) -> Result<bool, QueueError> {
@@ -449,48 +445,26 @@ impl Session<'_> {
         Ok(group)
     }
 
-    /// Stores a group, however long the log refuses it. Returns false if it is stopped before.
+    /// Stores a group.
     ///
     /// # Errors
-    /// The channel is gone: the group is delivered again.
-    async fn store(
-        &self,
-        group: &mut Group,
-        stopping: &watch::Receiver<bool>,
-    ) -> Result<bool, QueueError> {
-        let Inner { queue, metrics, troubles, .. } = self.scribe;
-        let what = format!("storing events of queue `{queue}`");
-        let mut storing = ReportedOutage::new(what, Harms::Queue, troubles);
-        loop {
-            let why = match self.log.append(&group.events).await {
-                Ok(results) => {
-                    storing.recovered();
-                    for (what, result) in [
-                        ("stored", Appended::Stored),
-                        ("unmatched", Appended::Unmatched),
-                        ("known", Appended::Known),
-                        ("invalid", Appended::Invalid),
-                    ] {
-                        let events = results.iter().filter(|r| **r == result).count();
-                        metrics.taken_in(what, events as u64);
-                    }
-                    self.tell_invalid(group, &results);
-                    return Ok(true);
-                }
-                Err(why) => why,
-            };
-            // Perhaps they are stored, and only the answer was lost.
-            group.events.iter_mut().for_each(|e| e.is_repeated = true);
-            if !self.line.lease.channel.status().connected() {
-                return Err(QueueError::new(format!(
-                    "the channel of queue `{queue}` was lost while its events could not be stored: {why}"
-                )));
-            }
-            tokio::select! {
-                () = stopped(stopping.clone()) => return Ok(false),
-                () = storing.failed(&why) => {}
-            }
+    /// The log refuses it, or perhaps has it: it is delivered again.
+    async fn store(&self, group: &Group) -> Result<(), QueueError> {
+        let Inner { queue, metrics, .. } = self.scribe;
+        let results = self.log.append(&group.events).await.map_err(|why| {
+            QueueError::new(format!("events of queue `{queue}` cannot be stored: {why}"))
+        })?;
+        for (what, result) in [
+            ("stored", Appended::Stored),
+            ("unmatched", Appended::Unmatched),
+            ("known", Appended::Known),
+            ("invalid", Appended::Invalid),
+        ] {
+            let events = results.iter().filter(|r| **r == result).count();
+            metrics.taken_in(what, events as u64);
         }
+        self.tell_invalid(group, &results);
+        Ok(())
     }
 
     /// Tells of the dead letters among what was stored: how many there are, and why the first is one.

@@ -19,12 +19,15 @@ use super::{
 use crate::{
     clock,
     delivery::{DeadLetter, Reason},
-    queue::{NewEvent, Published, QueueError},
+    queue::{MAX_GROUP, NewEvent, Published, QueueError},
     telemetry::{finding::Finding, troubles::Troubles},
 };
 
 /// Newest events of the log among which a redelivered one is looked for.
 const REMEMBERED: i64 = 100_000;
+
+/// Newest dead letters of the log among which a redelivered message that is no event is looked for.
+const NEWEST_LETTERS: i64 = MAX_GROUP as i64;
 
 /// Brings events from elsewhere into the log, alongside what is published to it.
 pub trait Inflow: fmt::Debug + Send + Sync {
@@ -137,10 +140,8 @@ impl EmbeddedQueue {
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
             }
+            // History does not get them: a replay from there would be one of what is no event.
             for (event, Invalid { reason, error }) in invalid {
-                if for_history {
-                    insert_event(db, &event, now, Some(NOBODY))?;
-                }
                 let NewEvent { body, message_id, .. } = event;
                 let letter = DeadLetter::of_event(body, None, message_id, reason, error, now);
                 insert_dead(db, LOG, &letter)?;
@@ -152,34 +153,31 @@ impl EmbeddedQueue {
 
     /// The known ones among events, by their position.
     async fn known(&self, events: &[Delivered]) -> Result<BTreeSet<usize>, QueueError> {
-        let repeated: HashMap<String, Vec<(usize, NewEvent)>> = events
-            .iter()
-            .enumerate()
-            .filter(|(_, e)| e.is_repeated)
-            .fold(HashMap::new(), |mut all, (n, Delivered { event, .. })| {
-                if let Some(id) = &event.message_id {
-                    all.entry(id.clone()).or_default().push((n, event.clone()));
-                }
-                all
-            });
-        if repeated.is_empty() {
+        let (mut repeated, mut letters) = (HashMap::<_, Vec<_>>::new(), Vec::new());
+        for (n, Delivered { event, invalid, .. }) in
+            events.iter().enumerate().filter(|(_, e)| e.is_repeated)
+        {
+            let Some(id) = event.message_id.clone() else { continue };
+            match invalid {
+                None => repeated.entry(id).or_default().push((n, event.clone())),
+                Some(_) => letters.push((n, id, event.body.clone())),
+            }
+        }
+        if repeated.is_empty() && letters.is_empty() {
             return Ok(BTreeSet::new());
         }
         // Not in the transaction that stores the others: nobody else stores them, and producers over
         // HTTP need not wait for the search.
-        self.store().read_long(move |db| find_known(db, &repeated)).await
-    }
-
-    /// Bytes of the newest events, the oldest first.
-    pub(crate) async fn newest_sizes(&self, count: u32) -> Result<Vec<u32>, QueueError> {
-        let sizes = move |db: &Connection| {
-            let mut query =
-                db.prepare_cached("SELECT length(body) FROM event ORDER BY seq DESC LIMIT ?1")?;
-            query.query_map([count], |r| r.get(0))?.collect::<rusqlite::Result<Vec<u32>>>()
+        let find = move |db: &Connection| {
+            let mut known = find_known(db, &repeated)?;
+            for (n, id, body) in letters {
+                if is_letter(db, &id, &body)? {
+                    known.insert(n);
+                }
+            }
+            Ok(known)
         };
-        let mut sizes = self.store().read(sizes).await?;
-        sizes.reverse();
-        Ok(sizes)
+        self.store().read_long(find).await
     }
 
     /// The bindings of a queue, as they were recorded last.
@@ -232,6 +230,15 @@ fn insert_event(
     Ok(())
 }
 
+/// Whether one of the newest dead letters of the log has this id and these bytes.
+fn is_letter(db: &Connection, id: &str, body: &[u8]) -> rusqlite::Result<bool> {
+    db.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM (SELECT letter_id, body FROM dead WHERE subscriber = ?1 ORDER BY id DESC LIMIT ?4) \
+         WHERE letter_id = ?2 AND body = ?3)",
+    )?
+    .query_row(params![LOG, id, body, NEWEST_LETTERS], |r| r.get(0))
+}
+
 /// The positions of those of `repeated`, by message id, that are among the newest events.
 fn find_known(
     db: &Connection,
@@ -265,9 +272,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::queue::{
-        DeadLetters as _, Queue as _,
-        embedded::tests::{config, subscribers},
+    use crate::{
+        config::{EmbeddedConfig, HistoryConfig},
+        queue::{
+            DeadLetters as _, Queue as _,
+            embedded::tests::{config, subscribers},
+        },
     };
 
     fn delivered(id: Option<&str>, event_type: &str, body: &str, is_repeated: bool) -> Delivered {
@@ -348,8 +358,14 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_event_is_one_dead_letter_of_the_log_and_reaches_no_subscriber() {
         let dir = tempfile::tempdir().expect("a directory");
-        let queue =
-            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let history = HistoryConfig {
+            retention: Duration::from_secs(3600),
+            max_bytes: 1 << 30,
+            bodies: true,
+        };
+        let config =
+            EmbeddedConfig { history: Some(history), ..config(&dir, Duration::from_secs(3600)) };
+        let queue = EmbeddedQueue::for_daemon(&config).expect("opens");
         let all = subscribers(&[("a", "#"), ("b", "#")]);
         queue.prepare(&all).await.expect("prepares");
         let bad = |id: &str, again| Delivered {
@@ -359,16 +375,25 @@ mod tests {
         let mixed = [bad("1", false), delivered(Some("2"), "x", "{}", false), bad("3", false)];
         let results = queue.append(&mixed).await.expect("appends");
         assert_eq!(results, [Appended::Invalid, Appended::Stored, Appended::Invalid]);
-        assert_eq!(queue.append(&[bad("4", true)]).await.expect("appends"), [Appended::Invalid]);
+        for (letter, expected) in [
+            (bad("4", true), Appended::Invalid),
+            (bad("4", true), Appended::Known),
+            (bad("1", true), Appended::Known),
+            (bad("2", true), Appended::Invalid),
+        ] {
+            let id = letter.event.message_id.clone();
+            assert_eq!(queue.append(&[letter]).await.expect("appends"), [expected], "{id:?}");
+        }
+        assert_eq!(stored(&queue).await, 1, "no replay from history has what is no event");
         let depths = queue.depths(&all).await.expect("counts");
-        assert_eq!((depths.orphans, depths.removed.len()), (3, 0), "{depths:?}");
+        assert_eq!((depths.orphans, depths.removed.len()), (4, 0), "{depths:?}");
         for depth in depths.subscribers.values() {
             assert_eq!((depth.events, depth.dead), (1, 0), "{depths:?}");
         }
         let everything = queue.everything().await.expect("counts");
-        assert_eq!((everything.orphans, everything.subscribers.len()), (3, 2), "{everything:?}");
+        assert_eq!((everything.orphans, everything.subscribers.len()), (4, 2), "{everything:?}");
         let mut walk = queue.orphans().await.expect("opens");
-        assert_eq!(walk.left(), 3);
+        assert_eq!(walk.left(), 4);
         let mut found = Vec::new();
         while let Some(held) = walk.next().await.expect("reads") {
             assert_eq!((&held.subscriber, &held.letter.body[..]), (&None, &b"no event"[..]));
@@ -376,7 +401,7 @@ mod tests {
             found.push((held.letter.id.clone().expect("an id"), held.letter.error.clone()));
             walk.purge(vec![held]).await.expect("purges");
         }
-        let expected = ["1", "3", "4"].map(|id| (id.to_owned(), format!("why {id}")));
+        let expected = ["1", "3", "4", "2"].map(|id| (id.to_owned(), format!("why {id}")));
         assert_eq!(found, expected);
         assert_eq!(queue.everything().await.expect("counts").orphans, 0);
     }

@@ -231,6 +231,11 @@ pub const ALL: &[Definition] = &[
         "Events that came through the RabbitMQ of `[queue] intake` into the embedded queue: stored, unmatched (no pattern matches them), known (redelivered, and stored before), invalid (dead letters: `hooktrail dead list @log`)",
     ),
     gauge(
+        "intake_up",
+        &[],
+        "1 while events are taken from the RabbitMQ of `[queue] intake`, or another daemon takes them, else 0",
+    ),
+    gauge(
         "intake_queue_messages",
         &[],
         "Events that wait in the RabbitMQ of `[queue] intake`, without those that a daemon has taken; each 10 s",

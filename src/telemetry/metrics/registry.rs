@@ -245,6 +245,10 @@ impl Metrics {
         self.counter("intake_events", &[("result", result)]).inc_by(events);
     }
 
+    pub fn set_intake_up(&self, up: bool) {
+        self.gauge("intake_up", &[]).set(f64::from(up));
+    }
+
     pub fn set_intake_waiting(&self, messages: u64) {
         self.gauge("intake_queue_messages", &[]).set(messages as f64);
     }
@@ -372,6 +376,7 @@ mod tests {
         m.relayed("routed", 1);
         m.taken_in("stored", 1);
         m.set_intake_waiting(1);
+        m.set_intake_up(true);
         m.set_held_removals(1);
         m.dropped_lines()(1);
         m.dropped_history("deliveries")(1);

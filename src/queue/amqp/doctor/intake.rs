@@ -32,9 +32,15 @@ impl Inspection<'_> {
 
     /// Inspects the source of the events and the queue that they are taken from.
     pub(super) async fn intake(&mut self, broker: &mut Broker<'_>, topology: &Topology) {
-        if let Err(e) = topology.inspect_intake(broker).await {
-            let finding =
-                Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
+        for (inspected, risk) in [
+            (topology.inspect_intake(broker).await, "no event comes in from there"),
+            (
+                topology.find_former(broker).await,
+                "no event comes in from there, and a daemon that is started now ends at once",
+            ),
+        ] {
+            let Err(e) = inspected else { continue };
+            let finding = Finding::harmful("[queue]", e.what()).risking(risk);
             self.found(match e.remedy() {
                 Some(remedy) => finding.with_remedy(remedy),
                 None => finding,

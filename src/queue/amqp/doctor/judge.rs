@@ -138,9 +138,6 @@ pub(super) fn judge(
         "message-ttl" if role == QueueRole::Intake => {
             (Harmful, "events that wait for longer, while no daemon runs, are dropped")
         }
-        "delivery-limit" if role == QueueRole::Intake => {
-            (Harmful, "events that were requeued more often, as in crashes, are dropped")
-        }
         "message-ttl" if role == QueueRole::History => {
             (Warning, "events that wait for longer are dropped before history has them")
         }
@@ -148,6 +145,9 @@ pub(super) fn judge(
             (Harmful, "a queue that is unused for that time is deleted with all its messages")
         }
         "delivery-limit" if number >= DELIVERY_LIMIT => return None,
+        "delivery-limit" if role == QueueRole::Intake => {
+            (Harmful, "events that were requeued more often, as in crashes, are dropped")
+        }
         "delivery-limit" if works => (
             Harmful,
             "events that were requeued more often, as in crashes, become dead letters without an attempt",

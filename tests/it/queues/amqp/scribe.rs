@@ -360,16 +360,24 @@ fn nothing_is_acked_while_the_log_refuses_it() {
         let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'no room'); END";
         db.execute_batch(refuse).expect("a trigger");
         broker.publish_named(&broker.exchange, TYPE, named(0..10)).await;
-        daemon.wait_log("storing events of queue").await;
+        daemon.wait_log("no room").await;
         let error = queue_error(&api).await;
         assert!(error.contains("no room"), "{error}");
+        eventually("the metric says so", async || {
+            api.metric("hooktrail_intake_up").await == Some(0.0)
+        })
+        .await;
         daemon.kill();
         broker.wait_depth("intake", 10).await;
         let daemon = setup.start().await;
-        daemon.wait_log("storing events of queue").await;
+        daemon.wait_log("no room").await;
         db.execute_batch("DROP TRIGGER refuse").expect("no trigger");
         receiver.wait_all(10).await;
         assert_eq!(receiver.accepted().len(), 10);
+        eventually("the metric says so", async || {
+            api.metric("hooktrail_intake_up").await == Some(1.0)
+        })
+        .await;
         assert!(daemon.stop().await.success());
         broker.wait_depth("intake", 0).await;
     });
@@ -416,9 +424,17 @@ fn bindings_that_are_not_configured_any_more_are_removed_and_missing_ones_are_re
         let setup = one(&through, &receiver.url, &api.section());
         let daemon = setup.start().await;
         wait_consuming(&api).await;
-        broker.publish("z", [event(0)]).await;
-        broker.publish("x.a", [event(1)]).await;
-        eventually("what is bound arrives", async || receiver.accepted() == [1]).await;
+        // The daemon that has the queue unbinds; that is known by what it gets.
+        let mut n = 0;
+        eventually("what is not configured any more is unbound", async || {
+            n += 2;
+            broker.publish("z", [event(n - 1)]).await;
+            broker.publish("x.a", [event(n)]).await;
+            eventually("what is bound arrives", async || receiver.accepted().contains(&n)).await;
+            !receiver.accepted().contains(&(n - 1))
+        })
+        .await;
+        let before = receiver.accepted().len();
         let (connection, channel) = broker.channel().await;
         for pattern in ["x.*", "y.#"] {
             let (queue, exchange) = (queue.as_str().into(), exchange.as_str().into());
@@ -427,11 +443,10 @@ fn bindings_that_are_not_configured_any_more_are_removed_and_missing_ones_are_re
                 .await
                 .expect("unbinds");
         }
-        let mut n = 1;
         eventually("it is bound again", async || {
             n += 1;
             broker.publish("y.a", [event(n)]).await;
-            receiver.accepted().len() > 1
+            receiver.accepted().len() > before
         })
         .await;
         connection.close(200, "done".into()).await.expect("closes");
