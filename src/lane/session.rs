@@ -142,7 +142,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 },
                 () = sleep_until(gathering.unwrap_or_else(clock::instant).into()), if gathering.is_some() => gathering = None,
                 result = source.take(&mut taken, TAKE), if take => {
-                    self.took(taken.drain(..));
+                    // Its room is not kept: with thousands of lanes it is more than what they hold.
+                    self.took(std::mem::take(&mut taken).into_iter());
                     self.batcher.expects_more(!source.is_full());
                     let now = clock::instant();
                     let gather =

@@ -114,6 +114,11 @@ impl<T> Batcher<T> {
     pub fn cut(&mut self) -> (Vec<T>, usize) {
         let (events, bytes) = self.front;
         let batch = self.waiting.drain(..events).map(|(item, _, _)| item).collect();
+        if self.waiting.is_empty() {
+            // With thousands of subscribers the room of the largest batches would be most of the
+            // memory.
+            self.waiting = VecDeque::new();
+        }
         self.find_front();
         (batch, bytes)
     }

@@ -1,15 +1,15 @@
 //! The index of a full chunk, which becomes one part.
 //!
 //! While events are added, an index has some fifteen parts, and a query searches each of them for each
-//! of its words. In one part words that no event has are found missing eight times as fast (measured),
-//! and the index takes an eighth less of the disk.
+//! of its words. In one part words that no event has are found missing 25 times as fast (2 ms instead
+//! of 48 with 10 million events, `cargo bench --bench history`).
 
 use rusqlite::Connection;
 
 use super::{around, chunk::Chunk};
 
-/// Pages of an index that are written at once: some 10 ms (measured), in which no event is added. The
-/// index of a chunk of 50,000 events has some 1,300.
+/// Pages of an index that are written at once, while no event is added. The index of a chunk of 50,000
+/// events has some 1,300.
 const PAGES: i64 = 100;
 
 /// The key of the last chunk whose index is one part, as are those before it.
