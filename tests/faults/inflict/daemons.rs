@@ -103,7 +103,7 @@ impl Round<'_> {
             &["prune", "--yes"],
         ];
         let mut command = *pick(&commands, &mut self.rng);
-        if command[0] == "repair" && (self.world.network.is_none() || self.calm) {
+        if command[0] == "repair" && (self.world.place.embedded().is_some() || self.calm) {
             command = &["check"]; // there is nothing to repair in the embedded queue
         }
         let dies = if command.contains(&"replay") && !self.calm && self.rng.random_bool(0.3) {
