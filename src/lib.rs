@@ -31,6 +31,7 @@
 //! clock.rs                  time, randomness, ids
 //! failpoint.rs              where a debug build can be killed
 //! wording.rs                text for people: numbers and their nouns, what strangers wrote
+//! zone.rs                   points in time as people write them
 //! csv.rs                    comma-separated values without formulas
 //! page.rs                   pages of long lists, and the cursors between them
 //! crypto/                   values that cannot be printed; sealing; signing; whom to trust
@@ -203,3 +204,4 @@ pub mod store;
 pub mod supervisor;
 pub mod telemetry;
 pub mod wording;
+pub mod zone;

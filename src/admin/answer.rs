@@ -209,7 +209,7 @@ fn json(status: StatusCode, media_type: &'static str, body: &impl Serialize) -> 
 }
 
 pub(super) async fn not_found() -> Refusal {
-    let why = "there is nothing here; events are taken by POST /api/v1/events, the rest of the API is in docs/admin.yaml";
+    let why = "there is nothing here; the console is at /console/, events are taken by POST /api/v1/events, the rest of the API is in docs/admin.yaml";
     Refusal::new(StatusCode::NOT_FOUND, why.to_owned())
 }
 

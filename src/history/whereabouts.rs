@@ -281,7 +281,8 @@ fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) 
     };
     if near.is_empty() {
         return if event.at < first {
-            Wish::Unclear("its patterns of that time are not recorded".to_owned())
+            let since = clock::rfc3339_seconds(first);
+            Wish::Unclear(format!("history knows it from {since} on, and the event is older"))
         } else {
             Wish::Not(Vec::new())
         };
@@ -841,7 +842,8 @@ mod tests {
         assert!(f.unknown().await.contains("changed within seconds"));
         f.store.memory().subscriptions.clear();
         f.subscribed("#", 2000).await;
-        assert!(f.unknown().await.contains("not recorded"));
+        let why = f.unknown().await;
+        assert_eq!(why, "history knows it from 1970-01-01T00:33:20Z on, and the event is older");
         f.store.memory().subscriptions[0].from = at(1);
         f.store.memory().subscriptions[0].until = Some(at(900));
         assert_eq!(f.fate().await, Fate::NotMatched { patterns: Vec::new() }, "it was removed");

@@ -211,12 +211,13 @@ pub(super) fn report(tested: &Tested) -> Markup {
                 strong {
                     @match (tested.status, &tested.failure) {
                         (Some(status), _) => { "Test: answered " (status) },
+                        (None, Some(failure)) if failure == "connect" => "Test: could not connect",
                         (None, Some(failure)) => { "Test: " (text(&failure.replace('_', " "))) },
                         (None, None) => "Test: no answer",
                     }
                     " after " (took) ". "
                 }
-                "A daemon would say: " (text(&tested.verdict)) "."
+                @if is_good { "The receiver accepted it." } @else { "For a batch that means: " (text(&tested.verdict)) "." }
             }
             @if let Some(error) = &tested.error { p { (text(error)) } }
             details {

@@ -29,6 +29,7 @@ use crate::{
         history::Day,
         view::{Event, EventList, EventWhere, Time, Whereabouts},
     },
+    clock,
     wording::{agreed, rounded_size},
 };
 
@@ -325,7 +326,15 @@ fn facts(event: &Event) -> Markup {
             dt { "Actor" } dd { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
             dt { "Resource" } dd { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
             @if let Some(description) = &event.description { dt { "Description" } dd { (text(description)) } }
-            @if let Some(timestamp) = &event.timestamp { dt { "Its own time" } dd { (text(timestamp)) } }
+            @if let Some(timestamp) = &event.timestamp {
+                dt { "Its own time" }
+                dd {
+                    @match timestamp.parse().ok().and_then(|seconds| clock::sane(seconds, clock::now())) {
+                        Some(at) => { (time(Time(at))) span.sub { "timestamp " (text(timestamp)) } },
+                        None => { (text(timestamp)) },
+                    }
+                }
+            }
             dt { "Message id" } dd.mono { a href=(by_id) { (text(&event.id)) } }
             dt { "Number" } dd { (event.number) }
             dt { "Size" } dd { (rounded_size(event.bytes)) }

@@ -4,10 +4,17 @@ use maud::{Markup, html};
 use url::form_urlencoded;
 
 use super::page::{query, short};
-use crate::admin::{
-    answer::Refusal,
-    query::{FromQuery, Parameters},
+use crate::{
+    admin::{
+        answer::Refusal,
+        query::{FromQuery, Parameters},
+    },
+    clock,
+    zone::Zone,
 };
+
+/// What a time may be, beside a field that has none.
+const NO_TIME: &str = "is no time: write one such as 2026-01-31 12:00, 2026-01-31, yesterday, or 2h for two hours ago";
 
 /// The query of a page. Fields of its form that were left empty are not there.
 #[derive(Debug, Default, Clone)]
@@ -84,35 +91,51 @@ impl Form {
         }
     }
 
-    /// The query of the API that selects the same.
+    /// The query of the API that selects the same. Times are as people write them, in UTC.
+    ///
+    /// # Errors
+    /// The fields with a mistake; a time that ends before it begins.
     pub(super) fn read<F: FromQuery>(&self) -> Result<F, Refusal> {
+        let (utc, now) = (Zone::new(false), clock::now());
+        let mut times = Vec::new();
         let pair = |(name, value): &(String, String)| {
             let value = match name.as_str() {
-                "since" | "until" => in_utc(value.trim()),
+                "since" | "until" => {
+                    let time = utc.read(value, now);
+                    let read =
+                        time.as_ref().map_or_else(|_| value.clone(), |at| clock::rfc3339(*at));
+                    times.push((name.clone(), time));
+                    read
+                }
                 "text" | "type" | "status" | "events" | "rate" => value.trim().to_owned(),
                 _ => value.clone(),
             };
             (name.clone(), value)
         };
-        Parameters::of(self.0.iter().map(pair).collect()).read()
-    }
-}
-
-/// A time as people type it, in UTC, as the API reads it. What is no time stays, and is refused
-/// there.
-fn in_utc(typed: &str) -> String {
-    let typed = typed.replacen(' ', "T", 1);
-    match typed.len() {
-        10 => format!("{typed}T00:00:00Z"),
-        16 => format!("{typed}:00Z"),
-        19 => format!("{typed}Z"),
-        _ => typed,
+        let pairs = self.0.iter().map(pair).collect();
+        let read = Parameters::of(pairs).read().map_err(|mut refusal: Refusal| {
+            // The API says what a program is to write.
+            for e in &mut refusal.fields {
+                if times.iter().any(|(name, time)| *name == e.field && time.is_err()) {
+                    NO_TIME.clone_into(&mut e.detail);
+                }
+            }
+            if refusal.fields.is_empty() { refusal } else { Refusal::fields(refusal.fields) }
+        })?;
+        let time = |name: &str| {
+            times.iter().find_map(|(n, time)| time.as_ref().ok().filter(|_| n == name))
+        };
+        if time("since").zip(time("until")).is_some_and(|(since, until)| since > until) {
+            return Err(Refusal::field("until", "is before the time from which on it selects"));
+        }
+        Ok(read)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::history;
 
     #[test]
     fn a_form_keeps_what_was_typed_and_leaves_out_what_was_not() {
@@ -121,14 +144,47 @@ mod tests {
         assert!(form.is_filled() && !Form::of("cursor=x&text=").is_filled());
         assert_eq!(form.link("/p", Some("y")), "/p?text=a+b&since=2026-01-31&cursor=y");
         assert_eq!(form.link("/p", None), "/p?text=a+b&since=2026-01-31");
-        for (typed, read) in [
+    }
+
+    /// What a list is asked for, as text.
+    struct Asked(Option<String>, Option<String>);
+
+    impl FromQuery for Asked {
+        fn from_query(given: &mut Parameters) -> Self {
+            let mut time = |name| {
+                given.take(name, |text| history::time(text).map(|at| clock::rfc3339_seconds(at)))
+            };
+            Self(time("since"), time("until"))
+        }
+    }
+
+    #[test]
+    fn times_are_read_as_people_write_them_in_utc() {
+        let read = |query: &str| Form::of(query).read::<Asked>();
+        for (typed, expected) in [
             ("2026-01-31", "2026-01-31T00:00:00Z"),
             ("2026-01-31 12:00", "2026-01-31T12:00:00Z"),
             ("2026-01-31T12:00:05", "2026-01-31T12:00:05Z"),
             ("2026-01-31T12:00:05Z", "2026-01-31T12:00:05Z"),
-            ("yesterday", "yesterday"),
+            ("2026-01-31 12:00:05 UTC", "2026-01-31T12:00:05Z"),
+            (" 2026-01-31T12:00:05%2B02:00 ", "2026-01-31T10:00:05Z"),
         ] {
-            assert_eq!(in_utc(typed), read);
+            let Asked(since, until) = read(&format!("since={typed}")).expect("a time");
+            assert_eq!((since.as_deref(), until), (Some(expected), None), "{typed}");
         }
+        for words in ["yesterday", "2h", "today"] {
+            assert!(read(&format!("since={words}&until=now")).is_ok(), "{words}");
+        }
+        for (query, field, part) in [
+            ("since=last+tuesday", "since", "such as 2026-01-31"),
+            ("until=12:00", "until", "yesterday"),
+            ("since=2026-01-31&until=2026-01-30", "until", "is before"),
+        ] {
+            let refusal = read(query).err().expect("is refused");
+            let [wrong] = &refusal.fields[..] else { panic!("{refusal:?}") };
+            assert_eq!(wrong.field, field);
+            assert!(wrong.detail.contains(part) && !wrong.detail.contains("%2B"), "{wrong:?}");
+        }
+        assert!(read("since=2026-01-31&until=2026-01-31").is_ok());
     }
 }

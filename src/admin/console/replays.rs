@@ -76,10 +76,11 @@ fn shown(
     page.answer_with(StatusCode::OK, html! {
         (notice.unwrap_or_default())
         div.head { h1 { "Replays" } }
+        p.muted { "The page of a " a href=(Place::Webhooks.path()) { "webhook" } " replays the events of a time to it. What is enqueued is delivered as all else: see the webhook's deliveries." }
         div id="replays" data-live {
             section.card {
                 @if list.replays.is_empty() {
-                    div.empty { p { "Nothing was replayed. A webhook's page replays the events of a time to it." } }
+                    div.empty { p { "Nothing was replayed." } }
                 } @else {
                     (table("Replays", &COLUMNS, html! { @for one in &list.replays { (row(session, one)) } }))
                 }

@@ -202,7 +202,13 @@ async fn ask_replay<Q: Queue, S: Store>(
     let counted = match wanted(&form) {
         Ok(_) if !form.is_filled() => None,
         Ok(wanted) => {
-            let (bounded, wanted) = bounded(form.clone(), wanted);
+            // As it was counted: `2h` would be another time when it is sent.
+            let exact = [("since", wanted.since), ("until", wanted.until)];
+            let form = exact.into_iter().fold(form.clone(), |form, (field, at)| match at {
+                Some(at) => form.with(field, at.to_string()),
+                None => form,
+            });
+            let (bounded, wanted) = bounded(form, wanted);
             let counted = console.again.preview(&subscriber, wanted, &session.caller).await;
             Some(counted.map(|preview| (bounded, preview)))
         }
@@ -279,7 +285,7 @@ fn confirm_replay(
                     @if !preview.complete { "At least " }
                     (number(preview.events)) (if preview.events == 1 { " event" } else { " events" })
                 }
-                " from before " (text(form.get("until"))) " will be sent."
+                " from " (text(form.get("since"))) " on and before " (text(form.get("until"))) " will be sent."
                 @if !preview.complete { " Counting all takes longer than this page waits." }
             }
             form.deed method="post" action=(path(name, "replay")) {

@@ -271,7 +271,8 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
             dt { "URL" } dd.mono { (url(session, configured)) }
             dt { "Events" } dd.mono { (patterns(configured)) }
             @if let Some(lane) = &s.lane {
-                @if let Some(backlog) = lane.backlog { dt { "Backlog" } dd { (counted(backlog + lane.in_hand, "event(s)")) @if let Some(age) = lane.oldest_event_age_s { ", the oldest " (words::seconds(age)) " old" } } }
+                @if let Some(backlog) = lane.backlog { dt { "Backlog" } dd { (counted(backlog + lane.in_hand, "event(s)")) } }
+                @if let Some(age) = lane.oldest_event_age_s { dt { "Oldest undelivered" } dd { (words::seconds(age)) " old" } }
                 @if let Some(n) = lane.in_retry { dt { "Retrying" } dd { a href=(retrying) { (counted(n, "batch(es)")) } @if let Some(at) = lane.next_retry_at { ", next " (time(at)) } } }
                 @if let Some(n) = lane.dead { dt { "Dead letters" } dd { a href=(path_to(Place::DeadLetters.path(), name)) { (number(n)) } } }
                 dt { "Delivered" } dd { (counted(lane.delivered, "event(s)")) " since the daemon started" @if let Some(at) = lane.last_delivered_at { ", last " (time(at)) } }
