@@ -151,9 +151,8 @@ mod tests {
 
     impl FromQuery for Asked {
         fn from_query(given: &mut Parameters) -> Self {
-            let mut time = |name| {
-                given.take(name, |text| history::time(text).map(|at| clock::rfc3339_seconds(at)))
-            };
+            let mut time =
+                |name| given.take(name, |text| history::time(text).map(clock::rfc3339_seconds));
             Self(time("since"), time("until"))
         }
     }
