@@ -30,6 +30,7 @@ use super::{
     unusable::Unusable,
 };
 use crate::{
+    clock,
     config::{Intake, IntakeConfig},
     delivery::Reason,
     event::event_type,
@@ -62,6 +63,9 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A consumer that has not failed for this long works.
 const STEADY: Duration = Duration::from_secs(1);
+
+/// The longest that the last acks of a consumer take to arrive.
+const LAST_ACKS: Duration = Duration::from_secs(2);
 
 /// The longest that a start waits for the broker, which may be away.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
@@ -211,6 +215,18 @@ impl Inner {
         match broker.depth(queue).await? {
             Some(depth) if depth.consumers > 0 => Err(taken(queue)),
             _ => Ok(()),
+        }
+    }
+
+    /// Makes sure that no other consumer has come between two of this daemon's. The one before counts
+    /// until its acks have arrived.
+    async fn is_free_again(&self) -> Result<(), QueueError> {
+        let (mut broker, end) = (Broker::new(&self.pool), clock::instant() + LAST_ACKS);
+        loop {
+            match self.is_free(&mut broker).await {
+                Err(_) if clock::instant() < end => sleep(LAST_ACKS / 50).await,
+                found => return found,
+            }
         }
     }
 
@@ -385,8 +401,7 @@ impl Session<'_> {
                 first = self.line.next() => first.map_err(|why| self.scribe.error(&why))?,
             };
             let Some(first) = first else {
-                // Another consumer may have come between two of this one.
-                self.scribe.is_free(&mut Broker::new(&self.scribe.pool)).await?;
+                self.scribe.is_free_again().await?;
                 let begun = self.line.begin(&self.sizes).await;
                 begun.map_err(|unusable| self.scribe.unusable(&unusable))?;
                 continue;
