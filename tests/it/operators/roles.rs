@@ -72,6 +72,23 @@ fn who_may_only_look_is_led_to_no_action_and_strangers_words_are_inert_on_the_pa
             types.contains("<strong>15 fit</strong>") && dead.contains("Purge all")
         })
         .await;
+        // The queue has a letter before history has its delivery, to which the letter's page leads.
+        let bearer = format!("Bearer {TOKEN}");
+        let headers = [("authorization", bearer.as_str())];
+        eventually("all are dead, and history has what became of them", async || {
+            let dead = api.send("GET", "/api/v1/subscribers/dead", &headers, "").await.json();
+            let (mut pages, mut there) = (0, 0);
+            for letter in links(&admin.get("/console/dead-letters/dead").await.text) {
+                for link in links(&admin.get(&letter).await.text) {
+                    if link.starts_with("/console/deliveries/") {
+                        pages += 1;
+                        there += u32::from(admin.get(&link).await.status == 200);
+                    }
+                }
+            }
+            dead["backlog"] == 0 && dead["in_hand"] == 0 && pages > 0 && there == pages
+        })
+        .await;
         let looker = Browser::signed_in(&api, "the-token-that-reads").await;
         let own = key(&admin.page("/console/").await);
         // A webhook of the console's own, a replay that was cancelled, and a pause with a stranger's reason.
