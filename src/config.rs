@@ -95,7 +95,7 @@ fn read(path: &Path) -> Result<Source, ConfigError> {
         let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
         ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
-    Ok(Source { path: path.to_owned(), text, is_request: false })
+    Ok(Source::file(path.to_owned(), text))
 }
 
 /// Reads and checks `text`, whose only other files are `files`; nothing is read from the disk.
@@ -109,7 +109,7 @@ pub(crate) fn from_text(
     files: &[(&str, &str)],
 ) -> Result<Config, ConfigError> {
     checked(
-        &Source { path: "hooktrail.toml".into(), text: text.to_owned(), is_request: false },
+        &Source::file("hooktrail.toml".into(), text.to_owned()),
         Reader::without_disk(env, files),
     )
 }

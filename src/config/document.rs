@@ -4,6 +4,7 @@ use std::{
     fmt,
     ops::Range,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use toml::de::{DeTable, DeValue};
@@ -39,13 +40,27 @@ pub(super) struct Source {
     pub(super) text: String,
     /// It is a request of the API, and no file: remedies name what its client can change.
     pub(super) is_request: bool,
+    /// Where each line after the first begins, once a place was asked for: each subscriber has one.
+    lines: OnceLock<Vec<usize>>,
 }
 
 impl Source {
+    pub(super) fn file(path: PathBuf, text: String) -> Self {
+        Self { path, text, is_request: false, lines: OnceLock::new() }
+    }
+
+    pub(super) fn request(text: String) -> Self {
+        Self { is_request: true, ..Self::file(PathBuf::from("the request"), text) }
+    }
+
+    /// Line and column of a byte, from 1.
     pub(super) fn position(&self, at: usize) -> (usize, usize) {
-        let before = &self.text[..at.min(self.text.len())];
-        let line_start = before.rfind('\n').map_or(0, |n| n + 1);
-        (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+        let at = at.min(self.text.len());
+        let begins = || self.text.match_indices('\n').map(|(n, _)| n + 1).collect();
+        let lines = self.lines.get_or_init(begins);
+        let before = lines.partition_point(|begin| *begin <= at);
+        let begin = before.checked_sub(1).map_or(0, |line| lines[line]);
+        (before + 1, self.text[begin..at].chars().count() + 1)
     }
 
     /// Resolves a path that this file names, relative to the file's folder.
@@ -140,5 +155,28 @@ impl<'d> Section<'d> {
 
     pub(super) fn key_of(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_line_and_a_column_of_characters_from_one() {
+        let source = Source::file(PathBuf::from("f"), "é = 1\n\nabc\n".to_owned());
+        for (at, place) in [
+            (0, (1, 1)),
+            (2, (1, 2)),
+            (6, (1, 6)), // the end of the first line
+            (7, (2, 1)),
+            (8, (3, 1)),
+            (10, (3, 3)),
+            (12, (4, 1)), // behind the last line
+            (99, (4, 1)),
+        ] {
+            assert_eq!(source.position(at), place, "byte {at}");
+        }
+        assert_eq!(Source::request(String::new()).position(0), (1, 1));
     }
 }

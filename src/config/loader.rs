@@ -50,7 +50,7 @@ pub(super) struct Defaults<'d> {
 /// The source of the only preset.
 pub(super) fn preset() -> Source {
     let path = PathBuf::from("preset \"mailtrap\"");
-    Source { path, text: MAILTRAP.to_owned(), is_request: false }
+    Source::file(path, MAILTRAP.to_owned())
 }
 
 pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
@@ -102,7 +102,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
                 continue;
             }
         };
-        let included = Source { path: file, text, is_request: false };
+        let included = Source::file(file, text);
         let document = reader.parse(&included);
         let root = reader.root(&included, &document, keys::INCLUDED);
         subscribers.extend(subscribers_in(reader, &root, &defaults, &mut names));
@@ -152,7 +152,7 @@ pub(super) fn all_names(reader: &Reader<'_>, source: &Source) -> Vec<(Subscriber
     names_in(&root);
     for path in files::included(reader, &root) {
         if let Ok(text) = reader.read_to_string(&path) {
-            let included = Source { path, text, is_request: false };
+            let included = Source::file(path, text);
             let document = reader.parse(&included);
             names_in(&reader.root(&included, &document, keys::INCLUDED));
         }

@@ -6,7 +6,7 @@
 
 mod body;
 
-use std::{collections::HashMap, path::PathBuf, time::SystemTime};
+use std::{collections::HashMap, time::SystemTime};
 
 use serde_json::Value as Json;
 use toml::de::DeTable;
@@ -46,11 +46,7 @@ fn check_with(
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Vec<Checked> {
     let reader = Reader::new(env);
-    let groups = Source {
-        path: config.groups.path.clone(),
-        text: config.groups.text.expose().to_owned(),
-        is_request: false,
-    };
+    let groups = Source::file(config.groups.path.clone(), config.groups.text.expose().to_owned());
     let parsed = reader.parse(&groups);
     let root = reader.root(&groups, &parsed, keys::ROOT);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
@@ -104,7 +100,7 @@ fn one(
     }
     let reader = Reader::new(env);
     let text = body::as_toml(&keys);
-    let source = Source { path: PathBuf::from("the request"), text, is_request: true };
+    let source = Source::request(text);
     let parsed = reader.parse(&source);
     let whole = reader.root(&source, &parsed, keys::MANAGED);
     // The loader knows more keys, and some name files: it does not see them.

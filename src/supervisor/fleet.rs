@@ -330,8 +330,9 @@ impl<Q: Queue> Fleet<Q> {
         let is_same = |old: &Subscriber, s: &Subscriber| {
             !Differences::between(old, s).affect(Affects::Bindings)
         };
-        let is_bound =
-            |s: &Subscriber| before.iter().any(|old| old.name == s.name && is_same(old, s));
+        let known: BTreeMap<&SubscriberName, &Subscriber> =
+            before.iter().map(|old| (&old.name, &**old)).collect();
+        let is_bound = |s: &Subscriber| known.get(&s.name).is_some_and(|old| is_same(old, s));
         subscribers.iter().filter(|s| !is_bound(s)).map(|s| s.name.clone()).collect()
     }
 

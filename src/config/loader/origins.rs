@@ -31,7 +31,7 @@ pub(in crate::config) fn origins(
     }
     let included = files::included(reader, &root).into_iter().find_map(|path| {
         let text = reader.read_to_string(&path).ok()?;
-        let included = Source { path, text, is_request: false };
+        let included = Source::file(path, text);
         let document = reader.parse(&included);
         in_file(reader, &reader.root(&included, &document, keys::INCLUDED), &root, subscriber)
     });
@@ -50,7 +50,7 @@ fn in_file(
         let name = section.get("name").and_then(|name| reader.string(&name))?;
         (name == subscriber).then_some(section)
     })?;
-    let preset = Source { path: "preset".into(), text: MAILTRAP.to_owned(), is_request: false };
+    let preset = Source::file("preset".into(), MAILTRAP.to_owned());
     let document = reader.parse(&preset);
     let preset = section.get("preset").map(|_| reader.root(&preset, &document, keys::SUBSCRIBER));
     let place = |path: &str| {
