@@ -88,8 +88,8 @@
 //!              · introduction · intake · history · history_health · export · operations · replays
 //!              · control · dead · subscribers · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
-//!              · action · actions · sending · dead_actions · webhook_form · overview · events
-//!              · deliveries · dead_letters · replays · webhooks · health
+//!              · action · actions · sending · dead_actions · webhook_form · overview · replays
+//!              · events · deliveries · dead_letters · webhooks · health
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · keeping · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries

@@ -28,9 +28,9 @@ pub use self::{
     },
     filter::{By, DeliveryFilter, EventFilter, event_time},
     replay::{
-        Added, Changed, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING, NewOperation,
-        Newcomer, Operation, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
-        ReplayState, RequestKey, UnreadableReplay,
+        Added, BatchEnds, Changed, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING,
+        NewOperation, Newcomer, Operation, Recorded, Replay, ReplayChange, ReplayOrder,
+        ReplayProgress, ReplayState, RequestKey, UnreadableReplay,
     },
     row::{
         Appended, EventCounts, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription,

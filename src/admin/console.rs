@@ -150,7 +150,9 @@ async fn show_delivery<Q: Queue, S: Store>(
     uri: Uri,
 ) -> Response {
     let found = match id {
-        Ok(Id(id)) => console.history.delivery(&id, &session.caller).await,
+        Ok(Id(id)) => {
+            console.history.delivery_with_events(&id, deliveries::EVENTS, &session.caller).await
+        }
         Err(refusal) => Err(refusal),
     };
     let notice = console.notices.of(&session, uri.query());

@@ -19,24 +19,30 @@ use super::{
     answer::{Refusal, answer},
     guard::{Caller, with_token},
     query::{FromQuery, Parameters, Query},
-    view::{Delivery, DeliveryList, EventList, EventWhere, Reach},
+    view::{Delivery, DeliveryList, Event, EventList, EventWhere, Reach},
 };
 use crate::{
     clock,
     delivery::{PauseStates, SubscriberName},
     event::Pattern,
-    history::whereabouts::{self, LanesOf},
+    history::{
+        resend,
+        whereabouts::{self, LanesOf},
+    },
     page::List,
     queue::Queue,
     store::{
-        By, DeliveryFilter, DeliveryState, EventCounts, EventFilter, EventNumber, EventRow, Store,
-        StoreError, TypeCounts,
+        self, By, DeliveryFilter, DeliveryState, EventCounts, EventFilter, EventNumber, EventRow,
+        Store, StoreError, TypeCounts,
     },
     supervisor::reload::Reloader,
 };
 
 /// The time that a list is searched for, before it answers how far it has come.
 const SEARCH_TIME: Duration = Duration::from_millis(200);
+
+/// The time that the events of a delivery are searched for: its page waits for them.
+const EVENTS_TIME: Duration = Duration::from_millis(50);
 
 /// The longest value of a filter, in bytes.
 const MAX_VALUE: usize = 10 * 1024;
@@ -235,6 +241,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
     }
 }
 
+/// A delivery as far as its caller may see it.
+fn shown(delivery: &store::Delivery, caller: &Caller) -> Delivery {
+    let shown = Delivery::new(delivery, clock::now());
+    if caller.sees_endpoints() { shown } else { shown.without_excerpts() }
+}
+
 async fn list_events<Q: Queue, S: Store>(
     extract::State(history): This<Q, S>,
     Query(wanted): Query<Events>,
@@ -320,11 +332,26 @@ impl<Q: Queue, S: Store> History<Q, S> {
     }
 
     pub(super) async fn delivery(&self, id: &str, caller: &Caller) -> Result<Delivery, Refusal> {
-        match self.store.delivery(id).await.map_err(away)? {
-            Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery, clock::now())),
-            Some(delivery) => Ok(Delivery::new(&delivery, clock::now()).without_excerpts()),
-            None => Err(missing("history has no delivery with this id".to_owned())),
-        }
+        Ok(shown(&self.stored_delivery(id).await?, caller))
+    }
+
+    /// A delivery, and its events in their order, as many as a page shows; `None` of one that was not
+    /// found in the time of a page.
+    pub(super) async fn delivery_with_events(
+        &self,
+        id: &str,
+        most: usize,
+        caller: &Caller,
+    ) -> Result<(Delivery, Vec<Option<Event>>), Refusal> {
+        let found = self.stored_delivery(id).await?;
+        let rows = resend::events_of(&self.store, &found, most, EVENTS_TIME).await;
+        let events = rows.map_err(away)?.iter().map(|row| row.as_ref().map(Event::new)).collect();
+        Ok((shown(&found, caller), events))
+    }
+
+    async fn stored_delivery(&self, id: &str) -> Result<store::Delivery, Refusal> {
+        let found = self.store.delivery(id).await.map_err(away)?;
+        found.ok_or_else(|| missing("history has no delivery with this id".to_owned()))
     }
 
     pub(super) async fn event(&self, number: EventNumber) -> Result<EventWhere, Refusal> {

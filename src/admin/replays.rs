@@ -30,7 +30,7 @@ use crate::{
     config::Subscriber,
     event::Pattern,
     history::{
-        replay::{self, Replays},
+        replay::{self, Outcome, Replays},
         resend::{self, NotResent},
     },
     page::List,
@@ -314,13 +314,37 @@ impl<Q: Queue, S: Store> Again<Q, S> {
         limit: usize,
     ) -> Result<ReplayList, Refusal> {
         let page = self.store.replays(before, limit).await.map_err(away)?;
-        Ok(ReplayList::new(&page))
+        Ok(ReplayList::new(self.with_outcomes(&page.rows).await, page.next))
+    }
+
+    /// Replays, and what became of their batches: of those in a queue as far as history can be read.
+    async fn with_outcomes(&self, recorded: &[Recorded]) -> Vec<Replay> {
+        let asks = |replay: &store::Replay| !replay.progress.unfinished.is_empty();
+        let from = match recorded.iter().flatten().any(asks) {
+            true => self.store.reach().await.ok().and_then(|reach| reach.deliveries_from),
+            false => None,
+        };
+        let mut all = Vec::with_capacity(recorded.len());
+        for recorded in recorded {
+            let mut found = Replay::recorded(recorded);
+            if let Ok(replay) = recorded {
+                let outcome = replay::outcome(&self.store, replay, from, clock::now()).await;
+                found.outcome = outcome.unwrap_or_else(|_| Outcome::recorded(replay)).into();
+            }
+            all.push(found);
+        }
+        all
+    }
+
+    async fn with_outcome(&self, recorded: Recorded) -> Replay {
+        let shown = Replay::recorded(&recorded);
+        self.with_outcomes(&[recorded]).await.pop().unwrap_or(shown)
     }
 
     pub(super) async fn one(&self, id: &str) -> Result<Replay, Refusal> {
         let found = self.store.replay(id).await.map_err(away)?;
-        let found = found.as_ref().map(Replay::recorded);
-        found.ok_or_else(|| missing("there is no replay with this id"))
+        let found = found.ok_or_else(|| missing("there is no replay with this id"))?;
+        Ok(self.with_outcome(found).await)
     }
 
     /// Begins a replay.
@@ -346,7 +370,7 @@ impl<Q: Queue, S: Store> Again<Q, S> {
         let changed = self.store.change_replay(id, change, clock::now()).await.map_err(away)?;
         let changed = changed.ok_or_else(|| missing("there is no replay with this id"))?;
         let replay = match changed {
-            Changed::Yes(replay) => Replay::recorded(&replay),
+            Changed::Yes(replay) => replay,
             Changed::No(replay) => {
                 let Replay { state, why, .. } = Replay::recorded(&replay);
                 let why = why.map_or_else(String::new, |why| format!(": {why}"));
@@ -356,7 +380,7 @@ impl<Q: Queue, S: Store> Again<Q, S> {
             Changed::TooMany(running) => return Err(too_many(&running)),
         };
         self.replays.changed();
-        Ok(replay)
+        Ok(self.with_outcome(*replay).await)
     }
 
     /// Sends a batch again, with its id and its bytes.

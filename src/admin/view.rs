@@ -32,7 +32,8 @@ pub use self::managed::{
 };
 pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 pub use self::replay::{
-    Operation, OperationList, Replay, ReplayList, ReplayPreview, ReplayRequest, Resent,
+    Operation, OperationList, Replay, ReplayList, ReplayOutcome, ReplayPreview, ReplayRequest,
+    Resent,
 };
 use crate::{
     clock,

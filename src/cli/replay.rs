@@ -208,6 +208,9 @@ fn story(replay: &Replay) -> String {
     if let Some(why) = &replay.why {
         out.push_str(&format!("why: {}\n", visible(why)));
     }
+    if replay.batches > 0 {
+        out.push_str(&format!("of the batches: {}\n", replay.outcome));
+    }
     if replay.missing > 0 {
         let missing = counted(replay.missing, "event(s) of all subscribers (was|were)");
         out.push_str(&format!("{missing} removed from history before the replay came to them\n"));
@@ -220,7 +223,8 @@ fn story(replay: &Replay) -> String {
 }
 
 fn table(list: &ReplayList, zone: &Zone) -> String {
-    let columns = ["REPLAY", "CREATED", "SUBSCRIBER", "STATE", "SINCE", "SENT", "MISSING", "BY"];
+    let columns =
+        ["REPLAY", "CREATED", "SUBSCRIBER", "STATE", "SINCE", "EVENTS", "BATCHES", "MISSING", "BY"];
     let row = |r: &Replay| {
         [
             visible(&r.id),
@@ -229,6 +233,7 @@ fn table(list: &ReplayList, zone: &Zone) -> String {
             visible(&r.state),
             r.since.map_or_else(String::new, |since| zone.show(since.0)),
             format!("{} of {}", r.enqueued, r.matched),
+            if r.batches > 0 { r.outcome.to_string() } else { "none".to_owned() },
             r.missing.to_string(),
             visible(&r.by),
         ]

@@ -28,8 +28,9 @@ use crate::{
     policy::retry::Backoff,
     queue::{Queue, QueueError},
     store::{
-        Changed, Delivery, DeliveryState, EventNumber, Extent, MAX_ROWS, Replay, ReplayChange,
-        ReplayOrder, ReplayProgress, ReplayState, Store, StoreError, UnreadableReplay,
+        BatchEnds, Changed, Delivery, DeliveryState, EventNumber, Extent, MAX_ROWS, Replay,
+        ReplayChange, ReplayOrder, ReplayProgress, ReplayState, Store, StoreError,
+        UnreadableReplay,
     },
     telemetry::outage::{News, Outage},
 };
@@ -46,6 +47,11 @@ const POLL: Duration = Duration::from_millis(200);
 
 /// The time between two polls while no replay runs. A new one is noticed at once.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// The time between two looks at the batches of replays that have ended, and the number of the latest
+/// replays that are looked at.
+const SETTLE: Duration = Duration::from_secs(5);
+const SETTLED: usize = 100;
 
 /// The shortest and the longest time between two tries with the store or a queue.
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
@@ -201,6 +207,58 @@ pub async fn count<S: Store>(
     }
 }
 
+/// The states of a replay's batches, as far as history knows. Together they are all its batches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Outcome {
+    pub ends: BatchEnds,
+    /// Attempted, and to be attempted again.
+    pub retrying: u64,
+    /// In the subscriber's queue without an attempt, in flight, or paused.
+    pub waiting: u64,
+    /// History lacks their end: it was dropped or removed, or an earlier version did not count it.
+    pub unknown: u64,
+}
+
+/// The states of a replay's batches. `from`: when the deliveries in history begin.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn outcome<S: Store>(
+    store: &S,
+    replay: &Replay,
+    from: Option<SystemTime>,
+    now: SystemTime,
+) -> Result<Outcome, StoreError> {
+    let ReplayProgress { ends, batches, unfinished, .. } = &replay.progress;
+    let mut outcome = Outcome { ends: *ends, ..Outcome::default() };
+    // Of a replay from before that time an end may have been removed.
+    let is_recent = replay.changed_at.checked_add(ASK_QUEUE_AFTER).is_none_or(|then| now < then);
+    let is_covered = is_recent || from.is_some_and(|from| from <= replay.changed_at);
+    for id in unfinished {
+        match store.delivery(id.as_str()).await? {
+            Some(delivery) if outcome.ends.count(&delivery.state) => {}
+            Some(delivery) if delivery.doubt(now).is_some() => {}
+            Some(delivery) if matches!(delivery.state, DeliveryState::Retrying { .. }) => {
+                outcome.retrying += 1;
+            }
+            Some(_) => outcome.waiting += 1,
+            // Not attempted yet.
+            None => outcome.waiting += u64::from(is_covered),
+        }
+    }
+    let known = outcome.ends.sum() + outcome.retrying + outcome.waiting;
+    outcome.unknown = batches.saturating_sub(known);
+    Ok(outcome)
+}
+
+impl Outcome {
+    /// What the record alone says.
+    pub fn recorded(replay: &Replay) -> Self {
+        let ReplayProgress { ends, batches, .. } = replay.progress;
+        Self { ends, unknown: batches.saturating_sub(ends.sum()), ..Self::default() }
+    }
+}
+
 struct Runner<Q, S> {
     queue: Q,
     store: S,
@@ -209,6 +267,8 @@ struct Runner<Q, S> {
     works: HashMap<String, Work>,
     /// The ids of the replays whose records cannot be read, which the log has.
     unreadable: HashSet<String>,
+    /// When it looked at the batches of replays that have ended.
+    settled: Option<Instant>,
 }
 
 /// A running replay in memory.
@@ -221,6 +281,7 @@ struct Work {
     ready: VecDeque<Filled>,
     /// The batches in the subscriber's queue, and since when that is known here.
     unfinished: Vec<(BatchId, Instant)>,
+    ends: BatchEnds,
     /// The batch that is in the queue already, and not recorded yet.
     enqueued: Option<BatchId>,
     /// When the queue was asked last, and which batches it did not have.
@@ -241,6 +302,7 @@ impl Work {
             is_at_end: false,
             ready: VecDeque::new(),
             unfinished: unfinished.map(|id| (id.clone(), now)).collect(),
+            ends: replay.progress.ends,
             enqueued: None,
             asked: None,
             pace: Pace::new(replay.order.rate),
@@ -250,10 +312,10 @@ impl Work {
         }
     }
 
-    /// A progress with the batches that are unfinished now.
-    fn with_unfinished(&self, progress: &ReplayProgress) -> ReplayProgress {
+    /// A progress with what is known of its batches now.
+    fn with_batches(&self, progress: &ReplayProgress) -> ReplayProgress {
         let unfinished = self.unfinished.iter().map(|(id, _)| id.clone()).collect();
-        ReplayProgress { unfinished, ..progress.clone() }
+        ReplayProgress { unfinished, ends: self.ends, ..progress.clone() }
     }
 }
 
@@ -268,7 +330,8 @@ enum Stepped {
 
 impl<Q: Queue, S: Store> Runner<Q, S> {
     fn new(queue: Q, store: S, subscribers: watch::Receiver<Subscribers>) -> Self {
-        Self { queue, store, subscribers, works: HashMap::new(), unreadable: HashSet::new() }
+        let (works, unreadable) = (HashMap::new(), HashSet::new());
+        Self { queue, store, subscribers, works, unreadable, settled: None }
     }
 
     /// The replays that run and can be read. The others must not keep them from running.
@@ -314,7 +377,33 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
                 }
             }
         }
+        self.settle().await?;
         Ok(wait)
+    }
+
+    /// Counts the ends of batches that were in a queue still when their replay ended.
+    async fn settle(&mut self) -> Result<(), StoreError> {
+        let now = clock::instant();
+        if self.settled.is_some_and(|at| now.saturating_duration_since(at) < SETTLE) {
+            return Ok(());
+        }
+        self.settled = Some(now);
+        let latest = self.store.replays(None, SETTLED).await?;
+        let ended = latest.rows.iter().flatten().filter(|r| r.state != ReplayState::Running);
+        for Replay { id, progress, .. } in ended {
+            let (mut ends, mut unfinished) = (progress.ends, Vec::new());
+            for batch in &progress.unfinished {
+                let delivery = self.store.delivery(batch.as_str()).await?;
+                if !delivery.is_some_and(|delivery| ends.count(&delivery.state)) {
+                    unfinished.push(batch.clone());
+                }
+            }
+            if unfinished.len() < progress.unfinished.len() {
+                let change = ReplayChange::Settled { ends, unfinished };
+                self.store.change_replay(id, change, clock::now()).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn step(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
@@ -366,9 +455,8 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         work.outage.end();
         work.backoff.reset();
         work.retry_at = None;
-        let mut progress = next.progress.clone();
-        let unfinished = work.unfinished.iter().map(|(id, _)| id.clone());
-        progress.unfinished = unfinished.chain([id.clone()]).collect();
+        let mut progress = work.with_batches(&next.progress);
+        progress.unfinished.push(id.clone());
         let change = ReplayChange::Progressed(progress);
         let changed = self.store.change_replay(&replay.id, change, clock::now()).await?;
         if !matches!(changed, Some(Changed::Yes(_))) {
@@ -384,7 +472,7 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
     async fn end(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
         let Some(work) = self.works.get_mut(&replay.id) else { return Ok(Stepped::On) };
         let upto = work.filling.progress().upto;
-        let progress = work.with_unfinished(work.filling.progress());
+        let progress = work.with_batches(work.filling.progress());
         let completed = ReplayChange::Completed(ReplayProgress { position: upto, ..progress });
         if let Some(Changed::Yes(ended)) =
             self.store.change_replay(&replay.id, completed, clock::now()).await?
@@ -460,12 +548,12 @@ async fn forget_finished<Q: Queue, S: Store>(
                 return Err(e);
             }
         };
-        match place(delivery.as_ref(), clock::now(), subscriber.longest_attempt()) {
-            Place::Finished => continue,
-            Place::Unknown if now.saturating_duration_since(since) > ASK_QUEUE_AFTER => {
-                overdue.insert(id.clone());
-            }
-            Place::Unknown | Place::Unfinished => {}
+        if delivery.as_ref().is_some_and(|delivery| work.ends.count(&delivery.state)) {
+            continue;
+        }
+        let is_unknown = is_unknown(delivery.as_ref(), clock::now(), subscriber.longest_attempt());
+        if is_unknown && now.saturating_duration_since(since) > ASK_QUEUE_AFTER {
+            overdue.insert(id.clone());
         }
         kept.push((id, since));
     }
@@ -491,27 +579,14 @@ async fn forget_finished<Q: Queue, S: Store>(
     Ok(())
 }
 
-/// Where an enqueued batch is, as the store has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Finished,
-    Unfinished,
-    /// The store may lack the batch, or its end.
-    Unknown,
-}
-
-fn place(delivery: Option<&Delivery>, now: SystemTime, longest_attempt: Duration) -> Place {
-    let Some(delivery) = delivery else { return Place::Unknown };
+/// Whether the store may lack an enqueued batch, or its end.
+fn is_unknown(delivery: Option<&Delivery>, now: SystemTime, longest_attempt: Duration) -> bool {
+    let Some(delivery) = delivery else { return true };
     let ends_by = match &delivery.state {
-        DeliveryState::Delivered { .. } | DeliveryState::Dead { .. } | DeliveryState::Split => {
-            return Place::Finished;
-        }
         DeliveryState::Retrying { due } => *due,
-        DeliveryState::InFlight | DeliveryState::Paused | DeliveryState::Interrupted => {
-            delivery.changed_at
-        }
+        _ => delivery.changed_at,
     };
-    if now > ends_by + longest_attempt { Place::Unknown } else { Place::Unfinished }
+    now > ends_by + longest_attempt
 }
 
 fn log_outage(outage: &mut Outage, replay: &Replay, e: &QueueError) {
@@ -533,7 +608,7 @@ mod tests {
     use super::*;
     use crate::{
         config::testing,
-        delivery::Pause,
+        delivery::{Batch, Pause, Reason},
         queue::fake::Fake,
         store::{
             Added, Change, Contents, DeliveryChange, NewRow, fake::FakeStore,
@@ -587,6 +662,7 @@ mod tests {
             new.order.rate = None;
             new.order.bound_at = None;
             new.order.event_ids = false;
+            new.progress.ends = BatchEnds::default();
             new.progress.unfinished.clear();
             new.progress.upto = EventNumber(rows.into());
             new.progress.rows = rows.into();
@@ -601,26 +677,39 @@ mod tests {
         async fn deliver(&self) -> usize {
             let batches = self.queue.take_enqueued("a");
             for batch in &batches {
-                let contents = Contents {
-                    format: Some(batch.format),
-                    events: batch.events,
-                    bytes: batch.body.len() as u64,
-                    sha256: None,
-                    prints: batch.prints.clone(),
-                    replay: batch.replay,
-                    parent: None,
-                };
-                let started = Change::Started { attempt: 1, contents, by: "me".to_owned() };
-                let change = |change| DeliveryChange {
-                    id: batch.id.clone(),
-                    subscriber: "a".into(),
-                    at: clock::now(),
-                    change,
-                };
-                let changes = vec![change(started), change(Change::Delivered)];
-                self.store.record(changes).await.expect("records");
+                self.record(batch, Change::Delivered).await;
             }
             batches.len()
+        }
+
+        /// A batch is attempted, and this became of it.
+        async fn record(&self, batch: &Batch, end: Change) {
+            let contents = Contents {
+                format: Some(batch.format),
+                events: batch.events,
+                bytes: batch.body.len() as u64,
+                sha256: None,
+                prints: batch.prints.clone(),
+                replay: batch.replay,
+                parent: None,
+            };
+            let started = Change::Started { attempt: 1, contents, by: "me".to_owned() };
+            let change = |change| DeliveryChange {
+                id: batch.id.clone(),
+                subscriber: "a".into(),
+                at: clock::now(),
+                change,
+            };
+            self.store.record(vec![change(started), change(end)]).await.expect("records");
+        }
+
+        /// Begins the batches in the queue, the first to last, and ends each with one of these.
+        async fn end_with<const N: usize>(&self, ends: [Change; N]) {
+            let batches = self.queue.take_enqueued("a");
+            assert_eq!(batches.len(), N);
+            for (batch, end) in batches.iter().zip(ends) {
+                self.record(batch, end).await;
+            }
         }
 
         async fn replay(&self, id: &str) -> Replay {
@@ -667,6 +756,7 @@ mod tests {
         let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
         assert_eq!((done.read, done.matched, done.enqueued), (200, 100, 100));
         assert_eq!((done.batches, done.missing, done.position), (34, 0, EventNumber(200)));
+        assert_eq!(done.ends.sum() + done.unfinished.len() as u64, 34, "{done:?}");
         let all = world.queue.enqueued();
         assert!(all.iter().all(|batch| batch.replay));
         let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
@@ -684,18 +774,77 @@ mod tests {
         world.deliver().await;
         // Killed between the queue's answer and the record of it.
         let recorded = world.replay("rpl_1").await.progress;
+        assert_eq!(recorded.position, EventNumber(47), "eight batches of three");
         {
             let mut memory = world.store.memory();
             let replay = memory.replays[0].as_mut().expect("can be read");
-            replay.progress.position = EventNumber(36);
-            replay.progress.enqueued -= 6;
+            // As it was before the last of them.
+            replay.progress.position = EventNumber(41);
+            (replay.progress.read, replay.progress.matched) = (41, 21);
+            replay.progress.enqueued -= 3;
+            replay.progress.batches -= 1;
+            replay.progress.unfinished.pop();
         }
-        assert_eq!(recorded.position, EventNumber(47), "eight batches of three");
         let mut daemon = world.daemon();
-        world.until_state(&mut daemon, "rpl_1", "done").await;
+        let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
         let all = world.queue.enqueued();
         let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
         assert_eq!((ids.len(), all.len()), (17, 17));
+        assert_eq!((done.batches, done.ends.sum() + done.unfinished.len() as u64), (17, 17));
+    }
+
+    #[tokio::test]
+    async fn what_became_of_each_batch_is_known_also_after_the_last_is_in_the_queue() {
+        let world = World::with_events(30).await;
+        world.add("rpl_1", 30).await;
+        let outcome = async || {
+            let replay = world.replay("rpl_1").await;
+            outcome(&world.store, &replay, None, clock::now()).await.expect("reads")
+        };
+        assert_eq!(outcome().await, Outcome::default());
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        let done = world.replay("rpl_1").await;
+        assert_eq!((done.state.name(), done.progress.batches), ("done", 5), "none is delivered");
+        assert_eq!(outcome().await, Outcome { waiting: 5, ..Outcome::default() });
+        let soon = clock::now() + Duration::from_secs(60);
+        let reason = Reason::Exhausted;
+        world
+            .end_with([
+                Change::Delivered,
+                Change::Dead { reason, contents: None },
+                Change::Split,
+                Change::Retrying { due: soon },
+                Change::Retrying { due: SystemTime::UNIX_EPOCH },
+            ])
+            .await;
+        let ends = BatchEnds { delivered: 1, dead: 1, split: 1 };
+        let found = Outcome { ends, retrying: 1, waiting: 0, unknown: 1 };
+        assert_eq!(outcome().await, found);
+        // The dead letter is replayed after it was counted, and history forgets what was delivered.
+        daemon.settled = None;
+        settle(&mut daemon).await;
+        let counted = world.replay("rpl_1").await;
+        assert_eq!((counted.progress.ends, counted.progress.unfinished.len()), (ends, 2));
+        assert_eq!(counted.changed_at, done.changed_at);
+        world.store.memory().deliveries.retain(|d| counted.progress.unfinished.contains(&d.id));
+        assert_eq!(outcome().await, found);
+        // One batch was counted; of the others history has only one.
+        let mut later = done;
+        later.progress.ends.delivered = 1;
+        later.progress.unfinished.remove(0);
+        let ends = BatchEnds { delivered: 1, ..BatchEnds::default() };
+        let (changed_at, hour) = (later.changed_at, Duration::from_secs(3600));
+        for (from, now, waiting) in [
+            (None, changed_at, 2),
+            (None, changed_at + hour, 0),
+            (Some(changed_at), changed_at + hour, 2),
+            (Some(changed_at + Duration::from_secs(1)), changed_at + hour, 0),
+        ] {
+            let found = super::outcome(&world.store, &later, from, now).await.expect("reads");
+            assert_eq!((found.ends, found.waiting), (ends, waiting), "{from:?} {now:?}");
+            assert_eq!(found.ends.sum() + found.retrying + found.waiting + found.unknown, 5);
+        }
     }
 
     #[tokio::test]

@@ -94,6 +94,49 @@ pub async fn rebuild<S: Store>(
     })
 }
 
+/// The events of a delivery's batch in their order, at most `most`; `None` of one that was removed, or
+/// not found within `time`. Equal events have one print, and are not told apart: the latest of them
+/// stand for those of the batch. No event at all if history does not know the prints.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn events_of<S: Store>(
+    store: &S,
+    delivery: &Delivery,
+    most: usize,
+    time: Duration,
+) -> Result<Vec<Option<EventRow>>, StoreError> {
+    let deadline = clock::instant() + time;
+    let prints = delivery.contents.prints.as_deref().unwrap_or_default();
+    let prints = &prints[..prints.len().min(most)];
+    // Those of the batch that are not found yet, the last of equal ones last.
+    let mut lacking: HashMap<&Print, Vec<usize>> = HashMap::new();
+    for (n, print) in prints.iter().enumerate() {
+        lacking.entry(print).or_default().push(n);
+    }
+    let mut found = vec![None; prints.len()];
+    let mut left = prints.len();
+    let until = delivery.begun_at.checked_add(LATE);
+    let filter = EventFilter { until, ..EventFilter::default() };
+    let mut before = None;
+    while left > 0 {
+        let rest = deadline.saturating_duration_since(clock::instant());
+        let page = store.events(&filter, before, MAX_ROWS, rest).await?;
+        for row in page.rows {
+            let print = Print::from_sha256(&row.sha256);
+            if let Some(n) = lacking.get_mut(&print).and_then(Vec::pop) {
+                found[n] = Some(row);
+                left -= 1;
+            }
+        }
+        match page.next {
+            Some(next) if clock::instant() < deadline => before = Some(EventNumber(next)),
+            _ => break,
+        }
+    }
+    Ok(found)
+}
+
 /// Why history does not know the bytes of a delivery.
 async fn unseen<S: Store>(store: &S, delivery: &Delivery) -> Result<String, StoreError> {
     if delivery.contents.format.is_none() {
@@ -341,6 +384,33 @@ mod tests {
                 assert!(batch.replay && batch.attempts == 0 && batch.events == 3);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn the_events_of_a_batch_are_found_in_its_order_and_those_that_history_lacks_are_not() {
+        let store = FakeStore::default();
+        let (delivery, _) = sent(&store, Format::Json, false).await;
+        store.append(vec![new("{}", 9); 2000]).await.expect("appends");
+        let found = async |delivery: &Delivery, most| {
+            let rows = events_of(&store, delivery, most, Duration::from_secs(5)).await;
+            let numbers = rows.expect("reads").into_iter().map(|row| row.map(|row| row.number.0));
+            numbers.collect::<Vec<_>>()
+        };
+        assert_eq!(found(&delivery, 50).await, [Some(1), Some(2), Some(3)]);
+        assert_eq!(found(&delivery, 2).await, [Some(1), Some(2)]);
+        let (first, prints) = (EVENTS[0], delivery.contents.prints.clone().expect("known"));
+        store.append(vec![new(first, 1)]).await.expect("appends");
+        let twice = Some([prints[0], prints[0]].into());
+        let twins = Delivery {
+            contents: Contents { prints: twice, ..delivery.contents.clone() },
+            ..delivery.clone()
+        };
+        assert_eq!(found(&twins, 50).await, [Some(1), Some(2004)], "each once");
+        store.memory().events.remove(1);
+        assert_eq!(found(&delivery, 50).await[1..], [None, Some(3)]);
+        let mut unknown = delivery;
+        unknown.contents.prints = None;
+        assert_eq!(found(&unknown, 50).await, []);
     }
 
     #[tokio::test]

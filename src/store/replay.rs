@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use super::row::EventNumber;
+use super::{delivery::DeliveryState, row::EventNumber};
 use crate::{
     delivery::{BatchId, SubscriberName},
     event::{Pattern, payload::Format},
@@ -192,8 +192,42 @@ pub struct ReplayProgress {
     pub unusable: u64,
     /// Rows that retention removed first; known at the end.
     pub missing: u64,
+    /// The ends of batches that are in the subscriber's queue no more.
+    pub ends: BatchEnds,
     /// The batches that are in the subscriber's queue, as far as is known.
     pub unfinished: Vec<BatchId>,
+}
+
+/// Batches by their ends. Each counts by the end that was found first: a dead letter that is replayed
+/// later stays dead here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BatchEnds {
+    pub delivered: u64,
+    pub dead: u64,
+    /// Their halves went on, each a batch.
+    pub split: u64,
+}
+
+impl BatchEnds {
+    /// Counts a batch, if its state is an end; false if it is none.
+    pub const fn count(&mut self, state: &DeliveryState) -> bool {
+        let ended = match state {
+            DeliveryState::Delivered { .. } => &mut self.delivered,
+            DeliveryState::Dead { .. } => &mut self.dead,
+            DeliveryState::Split => &mut self.split,
+            DeliveryState::InFlight
+            | DeliveryState::Retrying { .. }
+            | DeliveryState::Paused
+            | DeliveryState::Interrupted => return false,
+        };
+        *ended += 1;
+        true
+    }
+
+    /// All that have ended.
+    pub const fn sum(self) -> u64 {
+        self.delivered + self.dead + self.split
+    }
 }
 
 impl ReplayProgress {
@@ -209,6 +243,7 @@ impl ReplayProgress {
             batches: 0,
             unusable: 0,
             missing: 0,
+            ends: BatchEnds { delivered: 0, dead: 0, split: 0 },
             unfinished: Vec::new(),
         }
     }
@@ -256,6 +291,11 @@ impl ReplayState {
 pub enum ReplayChange {
     Progressed(ReplayProgress),
     Completed(ReplayProgress),
+    /// Of the batches of a replay that does not run any more some have ended.
+    Settled {
+        ends: BatchEnds,
+        unfinished: Vec<BatchId>,
+    },
     Failed(String),
     Cancelled,
     Continued,
@@ -280,6 +320,10 @@ impl Replay {
         let is_running = self.state == ReplayState::Running;
         let can_go_on = matches!(self.state, ReplayState::Cancelled | ReplayState::Failed(_));
         match change {
+            ReplayChange::Settled { ends, unfinished } if !is_running => {
+                self.progress = ReplayProgress { ends, unfinished, ..self.progress.clone() };
+                return true;
+            }
             ReplayChange::Progressed(progress) if is_running => self.progress = progress,
             ReplayChange::Completed(progress) if is_running => {
                 let rows = progress.rows.max(progress.read);
@@ -344,6 +388,7 @@ pub(crate) mod tests {
                 batches: 0,
                 unusable: 0,
                 missing: 0,
+                ends: BatchEnds { delivered: 4, dead: 3, split: 2 },
                 unfinished: vec!["msg_1".into()],
             },
             state: ReplayState::Running,
@@ -379,6 +424,13 @@ pub(crate) mod tests {
         assert!(replay.apply(ReplayChange::Completed(at(100, 60)), now));
         assert_eq!((replay.state.name(), replay.progress.missing), ("done", 40));
         assert!(!replay.apply(ReplayChange::Continued, now), "it is done");
+        let ends = BatchEnds { delivered: 1, ..BatchEnds::default() };
+        let settled = || ReplayChange::Settled { ends, unfinished: Vec::new() };
+        let changed_at = replay.changed_at;
+        assert!(replay.apply(settled(), now + Duration::from_secs(9)));
+        assert_eq!((replay.progress.ends, replay.changed_at), (ends, changed_at));
+        let mut running = self::replay("rpl_2", "a");
+        assert!(!running.apply(settled(), now), "its runner counts");
     }
 
     #[test]

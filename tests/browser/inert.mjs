@@ -197,6 +197,7 @@ await play(async (browser) => {
     (query) => ['/console/deliveries', query('subscriber', 'state', 'since', 'until', 'odd')],
     (query) => ['/console/dead-letters/mortal', query('reason', 'status', 'type', 'since', 'until', 'odd')],
     (query) => ['/console/webhooks/retrying/replay', query('since', 'events', 'rate', 'odd')],
+    (query) => ['/console/replays/new', query('subscriber', 'since', 'events', 'type', 'text')],
     (query) => ['/console/dead-letters/mortal/purge', query('reason', 'type', 'key')],
     (query) => ['/console/resend', query('id')],
     (query) => ['/console/events', query('text', 'actor', 'resource', 'id')],

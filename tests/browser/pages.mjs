@@ -102,6 +102,8 @@ async function everyPage(browser) {
   await look(someone, 'replay, counted');
   await someone.press('Replay');
   await look(someone, 'replays');
+  await someone.open('/console/replays/new?type=user.*&actor=someone');
+  await look(someone, 'a new replay');
   await someone.open('/console/');
   await look(someone, 'overview', { isWide: true });
   await someone.open('/console/webhooks');

@@ -181,6 +181,16 @@ async function way(browser, javaScriptEnabled) {
   await someone.sees('has begun');
   await someone.openUntil('/console/replays', 'it is done', () => page.getByRole('row', { name: `${name} done` }).count());
   await until('it has arrived', async () => Number(await ask('replayed')) >= 1);
+  const ofReplay = page.getByRole('row', { name: `${name} done` });
+  await someone.openUntil('/console/replays', 'its batches are delivered', () => ofReplay.getByRole('link', { name: /^\d+ delivered$/ }).count());
+  await ofReplay.getByRole('link', { name: /delivered/ }).click();
+  await someone.sees('Begun since (UTC)');
+  await page.getByRole('region', { name: 'Deliveries' }).getByRole('link', { name: 'UTC' }).first().click();
+  await page.getByRole('region', { name: 'Events of the batch' }).getByRole('link', { name: 'UTC' }).first().click();
+  await someone.follow('Replay this time');
+  await page.getByLabel('Subscriber', { exact: true }).selectOption(name);
+  await someone.press('Count');
+  await someone.sees('will be sent');
 
   step(`${name}: a replay is cancelled, and continued`);
   await publish(...Array.from({ length: 200 }, (_, n) => event(type, n + 3)));

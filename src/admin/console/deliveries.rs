@@ -5,6 +5,7 @@ use maud::{Markup, html};
 
 use super::{
     actions,
+    events::row as event_row,
     form::Form,
     page::{
         Mistakes, Page, Place, Tone, delivery, number, path_to, query, reach, state, text, time,
@@ -18,11 +19,14 @@ use super::{
 use crate::{
     admin::{
         answer::Refusal,
-        view::{Attempt, Delivery, DeliveryList},
+        view::{Attempt, Delivery, DeliveryList, Event},
     },
     store::DeliveryState,
-    wording::{counted, rounded, rounded_size},
+    wording::{agreed, counted, rounded, rounded_size},
 };
+
+/// The most events that the page of a batch lists.
+pub(super) const EVENTS: usize = 50;
 
 fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
     Page { session, place: Place::Deliveries, title: title.to_owned(), refresh: None }
@@ -121,8 +125,8 @@ fn rows(form: &Form, list: &DeliveryList) -> Markup {
 pub(super) fn batches(of: &[Delivery]) -> Markup {
     const COLUMNS: [Column; 8] = [
         Text("Begun"),
-        Text("Subscriber"),
         Text("State"),
+        Text("Subscriber"),
         Number("Events"),
         Number("Size"),
         Number("Attempts"),
@@ -137,8 +141,8 @@ fn row(one: &Delivery) -> Markup {
     html! {
         tr {
             td { a href=(delivery(&one.id)) { (time(one.begun_at)) } }
-            td.wide { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
             td { (became(one)) }
+            td.wide { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
             td.number { (number(one.events)) }
             td.number { (rounded_size(one.bytes)) }
             td.number { @match last { Some(last) => (last.number), None => "0" } }
@@ -175,10 +179,10 @@ fn answered(attempt: &Attempt) -> Markup {
 pub(super) fn one(
     session: &Session,
     notice: Option<Markup>,
-    found: Result<Delivery, Refusal>,
+    found: Result<(Delivery, Vec<Option<Event>>), Refusal>,
 ) -> Response {
-    let one = match found {
-        Ok(one) => one,
+    let (one, events) = match found {
+        Ok(found) => found,
         Err(refusal) => return page(session, "Delivery").refused(&refusal),
     };
     let title = format!("{} for {}", counted(one.events, "event(s)"), text(&one.subscriber));
@@ -211,9 +215,33 @@ pub(super) fn one(
                 p.muted.small { "Not all attempts are kept: the first is, and the latest." }
             }
         }
+        h2 { "Events" }
+        (events_of(&one, &events))
         h2 { "In a shell" }
         pre role="group" tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&actions::word(&one.id))) "\nhooktrail resend " (text(&actions::word(&one.id))) }
     })
+}
+
+/// The events of a batch, each with a link to where else it went.
+fn events_of(one: &Delivery, events: &[Option<Event>]) -> Markup {
+    let lacking = events.iter().filter(|event| event.is_none()).count();
+    let more = u64::from(one.events).saturating_sub(events.len() as u64);
+    html! {
+        section.card {
+            @if events.len() > lacking {
+                (table("Events of the batch", &[Text("Date"), Text("Actor"), Text("Description"), Text("Resource")], html! {
+                    @for event in events.iter().flatten() { (event_row(event)) }
+                }))
+            }
+            @if lacking > 0 || more > 0 {
+                div.pad.muted.small {
+                    @if events.is_empty() { p { "History does not know which events are in this batch." } }
+                    @else if more > 0 { p { (counted(more, "event(s)")) " more " (agreed(&more, "(is|are)")) " not listed." } }
+                    @if lacking > 0 { p { (counted(lacking, "of its events (was|were)")) " not found: removed since, or further back than this page searches." } }
+                }
+            }
+        }
+    }
 }
 
 fn attempt_of(attempt: &Attempt) -> Markup {

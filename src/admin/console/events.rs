@@ -17,6 +17,7 @@ use super::{
         Mistakes, Page, Place, Tone, delivery, lines, number, of_type, party, path_to, query,
         reach, short, state, text, time,
     },
+    replays,
     session::Session,
     table::{
         Column::{Number, Text},
@@ -55,7 +56,12 @@ pub(super) fn list(
     let refusal = found.as_ref().err();
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
     page(session, "Audit Log").answer_with(status, html! {
-        div.head { h1 { "Audit Log" } }
+        div.head {
+            h1 { "Audit Log" }
+            @if session.caller.may_change() && found.as_ref().is_ok_and(|list| !list.events.is_empty()) {
+                div.deeds { a.button href=(replays::new_of(form)) { @if replays::is_narrowed_otherwise(form) { "Replay this time" } @else { "Replay these" } } }
+            }
+        }
         section.card {
             (filters(form, &Mistakes(refusal)))
             @match &found {
@@ -129,10 +135,11 @@ fn picture(form: &Form, day: &Day, list: &EventList) -> Markup {
     let all: u64 = day.counts.hours.iter().sum();
     let name =
         format!("{} from {} to {} UTC", counted_events(all), minute(day.from), minute(day.until()));
+    let chosen = chosen_hours(day).map(|n| format!("{} in the chosen time, ", counted_events(n)));
     html! {
         div.pad {
             div.day-head {
-                span.muted { (name) }
+                span.muted { @if let Some(chosen) = chosen { strong { (chosen) } "of " } (name) }
                 span.deeds {
                     @if has_before { a href=(link(before, day.from)) { "The day before" } }
                     @if !day.is_latest { a href=(form.clone().without("since").without("until").link(Place::Events.path(), None)) { "The latest" } }
@@ -160,6 +167,24 @@ fn picture(form: &Form, day: &Day, list: &EventList) -> Markup {
     }
 }
 
+/// The events of the list, if its time is narrowed to whole hours of the day.
+fn chosen_hours(day: &Day) -> Option<u64> {
+    if day.counts.uncounted.is_some() {
+        return None;
+    }
+    let whole = |at: SystemTime| (0..=24).any(|n| day.hour(n) == at);
+    let is_narrowed = day.since.is_some_and(|since| since > day.from)
+        || day.until.is_some_and(|until| until < day.until());
+    let is_whole = day.since.into_iter().chain(day.until).all(whole);
+    let listed = (0..).zip(&day.counts.hours).filter(|(n, _)| is_listed(day, *n));
+    (is_narrowed && is_whole).then(|| listed.map(|(_, events)| events).sum())
+}
+
+fn is_listed(day: &Day, hour: u32) -> bool {
+    day.since.is_none_or(|since| since < day.hour(hour + 1))
+        && day.until.is_none_or(|until| until > day.hour(hour))
+}
+
 fn day_long() -> Duration {
     Duration::from_secs(24 * 3600)
 }
@@ -171,15 +196,13 @@ fn counted_events(n: u64) -> String {
 fn hours(form: &Form, day: &Day) -> Vec<chart::Bar> {
     let bar = |(n, events): (u32, &u64)| {
         let (from, until) = (day.hour(n), day.hour(n + 1));
-        let is_listed = day.since.is_none_or(|since| since < until)
-            && day.until.is_none_or(|until| until > from);
         let hour = minute(from);
         chart::Bar {
             title: format!("{hour} to {}", minute(until).get(11..).unwrap_or_default()),
             mark: (n % 6 == 0).then(|| hour.get(11..).unwrap_or_default().to_owned()),
             events: *events,
             link: between(form, from, until),
-            is_listed,
+            is_listed: is_listed(day, n),
         }
     };
     (0..).zip(&day.counts.hours).map(bar).collect()
@@ -202,7 +225,7 @@ fn rows(form: &Form, list: &EventList) -> Markup {
     html! {
         @if list.events.is_empty() {
             div.empty {
-                @if form.is_filled() { p { "No event fits." } } @else { p { "No event is in history yet." } }
+                @if form.is_filled() { p { "No event fits." } (hints(form)) } @else { p { "No event is in history yet." } }
             }
         } @else {
             (table(
@@ -224,7 +247,25 @@ fn rows(form: &Form, list: &EventList) -> Markup {
     }
 }
 
-fn row(event: &Event) -> Markup {
+/// What may find more than filters that found nothing.
+fn hints(form: &Form) -> Markup {
+    let words = |filter: &str| {
+        let text = [form.get("text"), form.get(filter)].join(" ").trim().to_owned();
+        form.clone().without(filter).with("text", text).link(Place::Events.path(), None)
+    };
+    html! {
+        @for (filter, label) in [("actor", "Actor"), ("resource", "Resource")] {
+            @let given = form.get(filter);
+            @if !given.is_empty() {
+                p { (label) " is compared whole, and with its case. " a href=(words(filter)) { "Search for the words " (short(given)) } " instead." }
+            }
+        }
+        @if !form.get("text").is_empty() { p { "Search finds whole words, in any case; of the last one its beginning is enough." } }
+        @if !form.get("type").is_empty() { p { "Type is a pattern: " code { "*" } " is one word, " code { "#" } " any number of words." } }
+    }
+}
+
+pub(super) fn row(event: &Event) -> Markup {
     let path = path_to(Place::Events.path(), &event.number.to_string());
     html! {
         tr {
@@ -258,7 +299,10 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
     let body = found.body.as_deref();
     let body = body.and_then(|body| serde_json::from_str::<Published>(body).ok());
     page(session, &short(title)).answer(html! {
-        div.head { h1 { (text(title)) } }
+        div.head {
+            h1 { (text(title)) }
+            @if session.caller.may_change() { div.deeds { a.button href=(replay_of(event)) { "Replay this time" } } }
+        }
         section.card.pad aria-label="Event" { (facts(event)) }
         h2 { "Where it went" }
         section.card { (went(&found.went)) }
@@ -273,6 +317,21 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
         pre role="group" tabindex="0" aria-label="Command" { "hooktrail where " (event.number) }
         div.below { (reach(&found.history, "deliveries")) }
     })
+}
+
+/// The page of a replay of the time and the type of an event.
+fn replay_of(event: &Event) -> String {
+    let until = Time(event.at.0 + Duration::from_millis(1));
+    let time = [("since", event.at), ("until", until)];
+    let form = time
+        .into_iter()
+        .fold(Form::default(), |form, (field, at)| form.with(field, at.to_string()));
+    // A type that is no pattern of itself is left out: its time alone selects.
+    let form = match of_type(&event.event) {
+        Some(_) => form.with("events", event.event.clone()),
+        None => form,
+    };
+    replays::new_of(&form)
 }
 
 /// The part of an event that is shown from its own bytes, so that each number is spelled as it was.

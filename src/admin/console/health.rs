@@ -15,6 +15,7 @@ use maud::{Markup, html};
 use super::{
     actions,
     entry::{Console, SignedIn, This, changing, not_taken},
+    overview::tone,
     page::{Page, Place, Tone, form_key, state, text, time},
     session::Session,
     table::{Column::Text, table},
@@ -22,12 +23,12 @@ use super::{
 use crate::{
     admin::{
         control::inspection::{INSPECT_EVERY, Inspected},
-        view::{HistoryHealth, Overview, Time},
+        view::{HistoryHealth, Overview, Subscriber, Time, words},
     },
     queue::Queue,
     store::Store,
     telemetry::finding::{Finding, Severity},
-    wording::{rounded, rounded_size},
+    wording::{counted, rounded, rounded_size},
 };
 
 /// Where an inspection is asked for.
@@ -150,9 +151,29 @@ fn daemon(found: &Overview, process: &Process) -> Markup {
                 (state(if found.queue.up { Tone::Good } else { Tone::Bad }, if found.queue.up { "up" } else { "away" }))
                 @if let Some(why) = &found.queue.error { span.sub { (text(why)) } }
             }
+            dt { "Webhooks" } dd { (states(&found.subscribers)) span.sub { a href=(Place::Overview.path()) { "Overview" } } }
             @if let Some(n) = found.queue.delayed_retries { dt { "Delayed retries" } dd { (n) } }
             @if let Some(n) = found.queue.orphans { dt { "Orphans" } dd { (n) @if n > 0 { span.sub { "dead letters of no subscriber: hooktrail dead list @log" } } } }
         }
+    }
+}
+
+/// Subscribers by their states, and the batches that wait for an attempt.
+fn states(of: &[Subscriber]) -> Markup {
+    let mut counts: Vec<(String, Tone, u64)> = Vec::new();
+    for s in of {
+        let name = words::name(s);
+        match counts.iter_mut().find(|(known, ..)| *known == name) {
+            Some((.., n)) => *n += 1,
+            None => counts.push((name, tone(&s.state), 1)),
+        }
+    }
+    let retries: u64 =
+        of.iter().filter_map(|s| s.lane.as_ref()).filter_map(|lane| lane.in_retry).sum();
+    html! {
+        @if of.is_empty() { span.muted { "none" } }
+        @for (name, tone, n) in counts { (state(tone, &format!("{n} {name}"))) " " }
+        @if retries > 0 { span.sub { (counted(retries, "batch(es) (waits|wait) for an attempt")) } }
     }
 }
 

@@ -152,7 +152,7 @@ pub(super) fn state_of(s: &Subscriber) -> Markup {
     }
 }
 
-fn tone(of: &State) -> Tone {
+pub(super) fn tone(of: &State) -> Tone {
     match of {
         State::Ok => Tone::Good,
         State::Waiting | State::Retrying | State::Held => Tone::Warn,

@@ -343,6 +343,14 @@ impl Mistakes<'_> {
     }
 }
 
+/// Why history begins where it does, beside the time at which it does.
+fn why_there(why: &str) -> &str {
+    match why.strip_prefix("history began on ") {
+        Some(began) => began.split_once(": ").map_or("nothing was kept before", |(_, why)| why),
+        None => why,
+    }
+}
+
 /// How far history reaches, and what it lacks.
 pub(super) fn reach(reach: &Reach, what: &str) -> Markup {
     let begins = if what == "events" { reach.events_from } else { reach.deliveries_from };
@@ -358,7 +366,7 @@ pub(super) fn reach(reach: &Reach, what: &str) -> Markup {
         }
         p.muted.small {
             @match begins {
-                Some(at) => { "History of " (what) " begins at " (time(at)) ": " (text(&reach.why)) "." },
+                Some(at) => { "History of " (what) " begins at " (time(at)) ": " (text(why_there(&reach.why))) "." },
                 None => { "History has no " (what) " yet." },
             }
         }

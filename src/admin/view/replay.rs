@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Reach, Time};
 use crate::{
+    history::replay::Outcome,
     page::{Cursor, List},
-    store::{self, Page, Recorded, ReplayState, UnreadableReplay},
+    store::{self, BatchEnds, Page, Recorded, ReplayState, UnreadableReplay},
     wording::counted,
 };
 
@@ -67,15 +68,62 @@ pub struct Replay {
     pub enqueued: u64,
     pub unusable: u64,
     pub batches: u64,
-    /// Batches that are not finished, as far as is known.
-    pub unfinished: usize,
+    pub outcome: ReplayOutcome,
     /// Rows that were removed before they were read; known at the end.
     pub missing: u64,
     /// It is the first of a new subscriber: `start_from`.
     pub start_from: bool,
 }
 
+/// What became of a replay's batches, as far as history knows. Together they are all.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct ReplayOutcome {
+    pub delivered: u64,
+    pub dead: u64,
+    /// Their halves went on, each a batch.
+    pub split: u64,
+    /// Attempted, and to be attempted again.
+    pub retrying: u64,
+    /// In the subscriber's queue without an attempt, in flight, or paused.
+    pub waiting: u64,
+    /// History lacks their end.
+    pub unknown: u64,
+}
+
+impl ReplayOutcome {
+    /// The states that batches are in, with how many are.
+    pub(crate) fn states(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self { delivered, dead, split, retrying, waiting, unknown } = self;
+        [
+            ("delivered", delivered),
+            ("retrying", retrying),
+            ("waiting", waiting),
+            ("dead", dead),
+            ("split", split),
+            ("unknown", unknown),
+        ]
+        .into_iter()
+        .filter(|(_, batches)| *batches > 0)
+    }
+}
+
+/// `2 delivered, 1 dead`.
+impl std::fmt::Display for ReplayOutcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let states: Vec<_> = self.states().map(|(state, n)| format!("{n} {state}")).collect();
+        f.write_str(&states.join(", "))
+    }
+}
+
+impl From<Outcome> for ReplayOutcome {
+    fn from(of: Outcome) -> Self {
+        let Outcome { ends: BatchEnds { delivered, dead, split }, retrying, waiting, unknown } = of;
+        Self { delivered, dead, split, retrying, waiting, unknown }
+    }
+}
+
 impl Replay {
+    /// A replay as its record has it: what became of its batches is not asked.
     pub fn recorded(recorded: &Recorded) -> Self {
         match recorded {
             Ok(replay) => Self::new(replay),
@@ -103,7 +151,7 @@ impl Replay {
             enqueued: 0,
             unusable: 0,
             batches: 0,
-            unfinished: 0,
+            outcome: ReplayOutcome::default(),
             missing: 0,
             start_from: false,
         }
@@ -129,7 +177,7 @@ impl Replay {
             enqueued: progress.enqueued,
             unusable: progress.unusable,
             batches: progress.batches,
-            unfinished: progress.unfinished.len(),
+            outcome: ReplayOutcome::default(),
             missing: progress.missing,
             start_from: order.bound_at.is_some(),
         }
@@ -145,11 +193,8 @@ pub struct ReplayList {
 }
 
 impl ReplayList {
-    pub fn new(page: &Page<Recorded>) -> Self {
-        Self {
-            replays: page.rows.iter().map(Replay::recorded).collect(),
-            next: next(List::Replays, page.next),
-        }
+    pub(in crate::admin) fn new(replays: Vec<Replay>, following: Option<i64>) -> Self {
+        Self { replays, next: next(List::Replays, following) }
     }
 }
 

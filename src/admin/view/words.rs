@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Lane, LastError, State, Subscriber, Time};
 use crate::{
     clock,
-    wording::{rounded, visible},
+    wording::{counted, rounded, visible},
 };
 
 /// The state with what explains it.
@@ -14,7 +14,7 @@ pub fn state(s: &Subscriber) -> String {
     let Some(reason) = reason else { return name };
     match &s.state {
         State::Retrying => format!("{name} ({reason})"),
-        State::CircuitOpen => format!("{name}, {reason}"),
+        State::CircuitOpen | State::Ok => format!("{name}, {reason}"),
         State::QueueFails => format!("its {name}: {reason}"),
         State::Inactive => format!("{name}: {reason}"),
         _ => format!("{name} {reason}"),
@@ -62,7 +62,12 @@ pub fn reason(s: &Subscriber) -> Option<String> {
             let error = lane.queue_error.as_deref().map(visible);
             Some(error.unwrap_or_else(|| "-".to_owned()))
         }
-        State::Ok | State::Starting | State::Inactive | State::Other(_) => None,
+        // The latest attempt succeeded, or the daemon has made none yet.
+        State::Ok => lane
+            .in_retry
+            .filter(|n| *n > 0)
+            .map(|n| counted(n, "batch(es) (waits|wait) for an attempt")),
+        State::Starting | State::Inactive | State::Other(_) => None,
     }
 }
 

@@ -178,7 +178,7 @@ mod tests {
     use super::*;
     use crate::{
         event::{Pattern, details::Details, payload::Format},
-        store::ReplayState,
+        store::{BatchEnds, ReplayState},
     };
 
     const AT: SystemTime = SystemTime::UNIX_EPOCH;
@@ -211,6 +211,7 @@ mod tests {
             batches: 0,
             unusable: 0,
             missing: 0,
+            ends: BatchEnds::default(),
             unfinished: Vec::new(),
         };
         Replay {

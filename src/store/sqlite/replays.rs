@@ -18,9 +18,9 @@ use crate::{
     delivery::{BatchId, SubscriberName},
     event::{Pattern, payload::Format},
     store::{
-        Added, Changed, EventNumber, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING,
-        NewOperation, Newcomer, Operation, Page, Recorded, Replay, ReplayChange, ReplayOrder,
-        ReplayProgress, ReplayState, RequestKey, UnreadableReplay,
+        Added, BatchEnds, Changed, EventNumber, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS,
+        MAX_RUNNING, NewOperation, Newcomer, Operation, Page, Recorded, Replay, ReplayChange,
+        ReplayOrder, ReplayProgress, ReplayState, RequestKey, UnreadableReplay,
     },
 };
 
@@ -96,6 +96,13 @@ struct StoredProgress {
     batches: u64,
     unusable: u64,
     missing: u64,
+    /// Records of an earlier version have no ends.
+    #[serde(default)]
+    delivered: u64,
+    #[serde(default)]
+    dead: u64,
+    #[serde(default)]
+    split: u64,
     unfinished: Vec<String>,
 }
 
@@ -111,6 +118,9 @@ impl From<&ReplayProgress> for StoredProgress {
             batches: p.batches,
             unusable: p.unusable,
             missing: p.missing,
+            delivered: p.ends.delivered,
+            dead: p.ends.dead,
+            split: p.ends.split,
             unfinished: p.unfinished.iter().map(|id| id.as_str().to_owned()).collect(),
         }
     }
@@ -128,6 +138,7 @@ impl From<StoredProgress> for ReplayProgress {
             batches: p.batches,
             unusable: p.unusable,
             missing: p.missing,
+            ends: BatchEnds { delivered: p.delivered, dead: p.dead, split: p.split },
             unfinished: p.unfinished.into_iter().map(BatchId::from).collect(),
         }
     }

@@ -165,6 +165,13 @@ async fn a_cancelled_replay_goes_on_where_it_was_and_operations_are_listed(queue
         by_id(&receiver.requests()).into_values().flatten().count() == 60
     })
     .await;
+    eventually("history has what became of its batches", async || {
+        let done = wait_for_state(&setup, &id, "done").await;
+        done["outcome"]["delivered"] == done["batches"]
+    })
+    .await;
+    let list = setup.ok(&["replay", "list"]);
+    assert!(list.contains(&format!("{} delivered", done["batches"])), "{list}");
 
     let token = format!("Bearer {}", super::history::TOKEN);
     let get = async |path: &str| api.send("GET", path, &[("authorization", &token)], "").await;
@@ -304,7 +311,8 @@ fn a_lost_answer_is_asked_for_again_with_the_same_key() {
         let made = json!({
             "id": "rpl_1", "subscriber": "a", "state": "running", "why": null, "by": "token", "created_at": at, "changed_at": at,
             "since": at, "until": null, "events": null, "rate": null, "rows": 0, "read": 0, "matched": 0, "enqueued": 0,
-            "unusable": 0, "batches": 0, "unfinished": 0, "missing": 0, "start_from": false
+            "unusable": 0, "batches": 0,
+            "outcome": { "delivered": 0, "dead": 0, "split": 0, "retrying": 0, "waiting": 0, "unknown": 0 }, "missing": 0, "start_from": false
         });
         for lost in [1, 3] {
             let (config, preview, made) = (path.clone(), preview.clone(), made.clone());

@@ -20,8 +20,9 @@ use crate::support::{
 };
 
 /// The last words of the addresses of actions.
-const ACTIONS: [&str; 10] = [
-    "pause", "resume", "retry", "replay", "purge", "resend", "cancel", "continue", "edit", "remove",
+const ACTIONS: [&str; 11] = [
+    "pause", "resume", "retry", "replay", "purge", "resend", "cancel", "continue", "edit",
+    "remove", "new",
 ];
 
 /// Where the forms of a page are sent that change something.

@@ -71,13 +71,13 @@ impl Sheet<'_> {
                     section.card.pad aria-labelledby="match" {
                         h2 id="match" { "What the patterns match" }
                         (preview.matches(form))
-                        div.deeds { button form="webhook" formaction=(format!("{to}/preview")) { "Show matches" } }
+                        div.deeds { button form="webhook" formaction=(format!("{to}/preview#match")) { "Show matches" } }
                     }
                     section.card.pad aria-labelledby="try" {
                         h2 id="try" { "Test your integration" }
                         p { "One event " code { "hooktrail.test" } " goes to the URL as it is in the form, nothing is saved. Here stands what was sent, byte for byte, and what came back." }
                         p.muted.small { "Without a secret in the form, " @if name.is_some() { "it is signed with the one in use." } @else { "it is signed with one made for the test." } }
-                        div.deeds { button form="webhook" formaction=(format!("{to}/test")) { "Run Test" } }
+                        div.deeds { button form="webhook" formaction=(format!("{to}/test#try")) { "Run Test" } }
                         @if let Some(Ok(tested)) = &came { (report(tested)) }
                     }
                     section.card.pad aria-labelledby="sample" {
