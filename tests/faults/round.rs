@@ -581,6 +581,24 @@ impl<'w> Round<'w> {
         }
     }
 
+    /// Waits until nothing is in the queue of history, nor with whoever takes from it: what that one
+    /// has not stored is in the queue again when it ends.
+    pub(crate) async fn history_is_taken(&self) -> Option<String> {
+        let begun = Instant::now();
+        loop {
+            let queues = self.ctl(&["list_queues", "--quiet", "name", "messages"]).await;
+            let found = queues.lines().find_map(|line| line.split_once(".history\t"));
+            let (_, count) = found.unwrap_or_else(|| panic!("no queue of history in: {queues}"));
+            if count.trim() == "0" {
+                return None;
+            }
+            if begun.elapsed() > CAUGHT_UP {
+                return Some(format!("history has {count} events to take after {CAUGHT_UP:?}"));
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    }
+
     /// What is wrong in history, when all daemons have ended.
     async fn judge_history(&mut self, ledger: &Ledger, seen: &[Seen]) -> Vec<String> {
         let mut stores = Vec::new();

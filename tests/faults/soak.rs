@@ -153,6 +153,7 @@ impl Round<'_> {
             tokio::time::sleep(Duration::from_millis(500)).await;
         };
         let drained_in = patience.elapsed();
+        complaints.extend(self.history_is_taken().await);
         self.world.stop(0).await;
         let left = self.world.left().await;
         (
