@@ -52,7 +52,8 @@ impl Topology {
             let below = if level == 0 { self.due() } else { self.level(level - 1) };
             broker.ensure_queue(&name, self.level_arguments(level)).await?;
             broker.bind(&name, &name, &ladder::binding_key(level, '1')).await?;
-            broker.bind_exchange(&below, &name, &ladder::binding_key(level, '0')).await?;
+            let bound = broker.bind_exchange(&below, &name, &ladder::binding_key(level, '0')).await;
+            bound.map_err(|e| unbound(e, &below))?;
         }
         Ok(())
     }
@@ -94,9 +95,16 @@ impl Topology {
         self.bind_witness(broker).await
     }
 
-    /// Binds the witness, which is not declared: if it was deleted meanwhile, that must be seen.
+    /// Binds the witness, which is not declared: if it was deleted meanwhile, that must be seen. If
+    /// the exchange of the events was, the witness is deleted too: one that was unbound at that
+    /// moment would seem to say that it was not.
     pub(super) async fn bind_witness(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
-        broker.bind_exchange(&self.events(), &self.witness(), "").await
+        let (events, witness) = (self.events(), self.witness());
+        let Err(refused) = broker.bind_exchange(&events, &witness, "").await else { return Ok(()) };
+        if matches!(refused, Refused::NotFound) {
+            broker.delete_exchange(&witness).await?;
+        }
+        Err(unbound(refused, &events))
     }
 
     /// Unbinds the witness from an exchange.
@@ -292,6 +300,10 @@ impl Topology {
         ]);
         broker.ensure_queue(&self.snapshot(), arguments).await
     }
+}
+
+fn unbound(refused: Refused, exchange: &str) -> QueueError {
+    refused.into_error("the binding of exchange", exchange)
 }
 
 /// The error for a source queue that is a stream. A stream keeps what was taken: a consumer that

@@ -403,8 +403,8 @@ impl<'p> Broker<'p> {
         to: &str,
         from: &str,
         key: &str,
-    ) -> Result<(), QueueError> {
-        let bound = self.ask(async |c| {
+    ) -> Result<(), Refused> {
+        self.ask(async |c| {
             c.exchange_bind(
                 to.into(),
                 from.into(),
@@ -413,8 +413,8 @@ impl<'p> Broker<'p> {
                 FieldTable::default(),
             )
             .await
-        });
-        bound.await.map_err(|e| e.into_error("the binding of exchange", to))
+        })
+        .await
     }
 }
 

@@ -127,7 +127,14 @@ impl<'a> Upkeep<'a> {
     ) {
         let began = clock::now();
         match self.topology.has_witness(broker).await {
-            Ok(true) => self.shared.history.witnessed(began),
+            Ok(true) => {
+                self.shared.history.witnessed(began);
+                // A daemon that was killed may not have bound it. It is not declared: it may have been
+                // deleted by now, and nobody would notice that.
+                self.bind_witness(broker).await;
+                self.schedule.soon = !self.is_witness_bound;
+                return;
+            }
             Ok(false) if is_expected => {
                 Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
                 // It is not known until when the exchange had its bindings.
@@ -143,13 +150,19 @@ impl<'a> Upkeep<'a> {
                 return;
             }
         }
-        // Also if it is there: a daemon that was killed may not have bound it.
         self.witness(broker).await;
+        self.schedule.soon = !self.is_witness_bound;
     }
 
     /// Declares the witness and binds it, if the user may.
     async fn witness(&mut self, broker: &mut Broker<'_>) {
         let bound = self.topology.ensure_witness(broker).await;
+        self.note_bound(bound);
+    }
+
+    /// Binds the witness, which is there, if the user may.
+    async fn bind_witness(&mut self, broker: &mut Broker<'_>) {
+        let bound = self.topology.bind_witness(broker).await;
         self.note_bound(bound);
     }
 
@@ -197,6 +210,7 @@ impl<'a> Upkeep<'a> {
             Ok(true) => {
                 self.subscribers(broker, subscribers, patterns, &mut missing).await
                     & self.history(broker, &mut missing).await
+                    & self.is_witness_bound
             }
             Ok(false) => true,
             Err(e) => {
@@ -240,8 +254,7 @@ impl<'a> Upkeep<'a> {
         if has_witness {
             self.shared.history.witnessed(began);
             if !self.is_witness_bound {
-                let bound = topology.bind_witness(broker).await;
-                self.note_bound(bound);
+                self.bind_witness(broker).await;
             }
         } else if owed == Some(false) {
             // There was none before this daemon.

@@ -155,7 +155,8 @@ fn a_binding_that_another_daemon_finds_missing_is_restored_and_history_has_a_gap
             broker.publish("a.b", [body(2)]).await;
             let mut rows = Vec::new();
             history.take(&mut rows, 1000).await.unwrap_or_else(|e| panic!("{e}"));
-            assert_eq!(is_lacking(&history.gaps()), lacks);
+            let gaps = history.gaps();
+            assert_eq!(is_lacking(&gaps), lacks, "{gaps:?}");
             if is_stored {
                 history.stored().await.unwrap_or_else(|e| panic!("{e}"));
             }
