@@ -129,8 +129,9 @@ impl Dialer {
         Self { url, metrics, connects: Arc::default(), shortage: watch::Sender::default() }
     }
 
-    /// Connections made since the start. More of them than before can mean that the broker was
-    /// restarted.
+    /// Connections of [lasting](Self::claim) claims made since the start. More of them than before can
+    /// mean that the broker was restarted. One that is made to try a queue says nothing: of two tasks
+    /// that try when this grows, each would have the other try again, for ever.
     pub(super) fn connects(&self) -> usize {
         self.connects.load(Ordering::Relaxed)
     }
@@ -142,9 +143,6 @@ impl Dialer {
     ) -> Result<(Connection, OpenConnection), QueueError> {
         let connected = connect(&self.url, role).await;
         self.metrics.connected(role.name(), connected.is_ok());
-        if connected.is_ok() {
-            self.connects.fetch_add(1, Ordering::Relaxed);
-        }
         Ok((connected?, self.metrics.connection(role.name())))
     }
 
@@ -173,8 +171,14 @@ impl Dialer {
         }
     }
 
+    /// A claim to connections that last as long as the broker does.
     pub(super) fn claim(&self, role: Role) -> Claim {
-        Claim { dialer: self.clone(), role, is_short: false }
+        Claim { dialer: self.clone(), role, lasts: true, is_short: false }
+    }
+
+    /// A claim to connections that a queue may end.
+    pub(super) fn claim_apart(&self, role: Role) -> Claim {
+        Claim { dialer: self.clone(), role, lasts: false, is_short: false }
     }
 }
 
@@ -184,6 +188,8 @@ impl Dialer {
 pub(super) struct Claim {
     dialer: Dialer,
     role: Role,
+    /// Its connections end with the broker, not with a queue.
+    lasts: bool,
     is_short: bool,
 }
 
@@ -191,7 +197,10 @@ impl Claim {
     pub(super) async fn connect(&mut self) -> Result<(Connection, OpenConnection), QueueError> {
         let connected = self.dialer.connect(self.role).await;
         match &connected {
-            Ok(_) => self.end(),
+            Ok(_) => {
+                self.dialer.connects.fetch_add(usize::from(self.lasts), Ordering::Relaxed);
+                self.end();
+            }
             Err(e) => {
                 let begins = !std::mem::replace(&mut self.is_short, true);
                 self.dialer.shortage.send_modify(|shortage| {

@@ -246,21 +246,24 @@ impl<'a> Keeper<'a> {
     /// Tries the queue, unless it was found sound and no connection was made since: then the broker
     /// was not restarted.
     async fn try_if_reconnected(&mut self, broker: &mut Broker<'_>) -> Result<(), Failed> {
-        if self.tried != Some(self.shared.dialer.connects()) {
+        // Before the trial: the broker may be restarted during it.
+        let made = self.shared.dialer.connects();
+        if self.tried != Some(made) {
             self.tried = None;
-            self.try_queue(broker).await?;
-            self.tried = Some(self.shared.dialer.connects());
+            let is_tried = self.try_queue(broker).await?;
+            self.tried = is_tried.then_some(made);
         }
         Ok(())
     }
 
-    async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), Failed> {
+    /// Whether it was tried: it can be used.
+    async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<bool, Failed> {
         let (queue, began) = (self.topology.history(), clock::instant());
         let history = &self.shared.history;
         // What takes from it may have the only connection that history may have.
         let (connection, is_shared) = match self.shared.consuming.for_history().await {
             Ok(connection) => (connection, false),
-            Err(_) if self.is_bound && history.is_consumed() => return Ok(()),
+            Err(_) if self.is_bound && history.is_consumed() => return Ok(false),
             Err(e) => match history.connection().filter(|_| self.is_bound) {
                 Some(connection) => (connection, true),
                 None => return Err(Failed::Untried(e)),
@@ -275,7 +278,7 @@ impl<'a> Keeper<'a> {
                 if !is_shared {
                     connection.close().await;
                 }
-                return Ok(());
+                return Ok(true);
             }
             Err(why) => why,
         };

@@ -143,9 +143,8 @@ impl Drop for Trying<'_> {
 
 impl Pool {
     pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
-        let connecting = |outage| Connecting { outage, claim: dialer.claim(role) };
-        let shared = connecting(role.outage(troubles));
-        let own = connecting(role.own_outage(troubles));
+        let shared = Connecting { outage: role.outage(troubles), claim: dialer.claim(role) };
+        let own = Connecting { outage: role.own_outage(troubles), claim: dialer.claim_apart(role) };
         let state = PoolState { slots: Vec::new(), newest: None, connecting: shared };
         Self { state: Mutex::new(state), own: Mutex::new(own), dialer, role }
     }

@@ -44,11 +44,14 @@ pub(super) async fn check_own(shared: &Shared) {
             let mut kept = restore_own(shared, None).await;
             if kept.is_ok() {
                 shared.damaged.send_replace(false);
+                // Before the trial: the broker may be restarted during it.
+                let made = Some(shared.dialer.connects());
                 // Without a new connection the broker was not restarted, and has lost nothing
                 // since.
-                if tried_at != Some(shared.dialer.connects()) {
-                    kept = try_ladder(shared).await;
-                    tried_at = Some(shared.dialer.connects()).filter(|_| kept.is_ok());
+                if tried_at != made {
+                    let tried = try_ladder(shared).await;
+                    tried_at = made.filter(|_| matches!(tried, Ok(true)));
+                    kept = tried.map(drop);
                 }
             }
             match kept {
@@ -62,8 +65,8 @@ pub(super) async fn check_own(shared: &Shared) {
 
 /// Consumes each level that seems to be empty, for a moment. A broken level seems to be empty too,
 /// and batches that other levels pass on to it wait forever: only its consumers and publishers get
-/// errors.
-async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
+/// errors. Returns whether all were tried.
+async fn try_ladder(shared: &Shared) -> Result<bool, QueueError> {
     // Limits of connections and channels leave room for those that the daemon needs, and perhaps
     // for no others.
     let untried =
@@ -72,11 +75,11 @@ async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
         Ok(quarantine) => quarantine,
         Err(e) => {
             untried(e);
-            return Ok(());
+            return Ok(false);
         }
     };
     let mut broker = shared.broker();
-    let mut suspect = None;
+    let (mut suspect, mut is_whole) = (None, true);
     for level in 0..ladder::LEVELS {
         let name = shared.topology.level(level);
         let is_idle = broker
@@ -90,6 +93,7 @@ async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
             Ok(lease) => lease,
             Err(e) => {
                 untried(e);
+                is_whole = false;
                 break;
             }
         };
@@ -99,8 +103,10 @@ async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
         }
     }
     quarantine.close().await;
-    let Some(name) = suspect else { return Ok(()) };
-    usable(shared, &name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"))
+    let Some(name) = suspect else { return Ok(is_whole) };
+    usable(shared, &name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"))?;
+    // The levels behind it were not tried.
+    Ok(false)
 }
 
 /// Restores what a settlement is written to: the queues that all subscribers share, and the
