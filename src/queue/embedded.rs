@@ -6,6 +6,7 @@
 //! - `segments`: what the subscribers are to get of the log
 //! - `backlog`: counts what the subscribers have still to get
 //! - `consumer`: source and settler of a subscriber
+//! - `budget`: the memory of what all lanes have in hand
 //! - `head`: hands over what was read of the log to the lanes that want it
 //! - `reader`: reads the log once for all lanes
 //! - `passes`: which part of it is read next for lanes that are behind
@@ -24,6 +25,7 @@
 
 mod append;
 mod backlog;
+mod budget;
 mod consumer;
 mod dead;
 mod doctor;
@@ -59,6 +61,7 @@ pub use self::{
 };
 use self::{
     backlog::{backlogs, depths},
+    budget::Budget,
     consumer::{LaneRef, Unsettled},
     dead::orphans,
     head::Head,
@@ -105,6 +108,7 @@ struct Inner {
     /// As they were read last.
     segments: Mutex<Arc<Segments>>,
     head: Arc<Head>,
+    budget: Arc<Budget>,
     keeper: Arc<Keeper>,
     /// Counts commits that may have something for a lane.
     news: watch::Sender<u64>,
@@ -169,6 +173,7 @@ impl EmbeddedQueue {
             replayed: AsyncMutex::default(),
             segments: Mutex::default(),
             head: Arc::default(),
+            budget: Arc::default(),
             keeper,
             news,
             pause_states,
@@ -399,6 +404,7 @@ impl Queue for EmbeddedQueue {
             tokio::join!(
                 self.poll_commits(),
                 self.read_for_all(),
+                self.0.budget.mind_the_line(),
                 self.keep_cursors(),
                 self.trim_periodically(),
                 self.bind_again(subscribers),

@@ -18,7 +18,9 @@ use rusqlite::{Connection, Row, params};
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 use super::{
-    EmbeddedQueue, from_millis,
+    EmbeddedQueue,
+    budget::{COST, Share},
+    from_millis,
     head::{Head, Offered, Pulled},
     is_for,
     keep::Keeper,
@@ -53,6 +55,9 @@ const MAX_CURSOR_AGE: Duration = Duration::from_secs(5);
 /// A difference of the clocks above which the wall clock was set; a smaller one corrects its pace.
 const CLOCK_STEP: Duration = Duration::from_secs(1);
 
+/// What an event counts for that is to be read for a lane.
+const READ: usize = 1024;
+
 /// Bytes of events after which one query takes no more.
 const QUERY_BYTES: usize = 16 << 20;
 
@@ -74,8 +79,10 @@ pub(super) struct Shared {
     taken: Mutex<TakenMessages>,
     /// Held over a write of how far it is, so that the cursor only rises.
     pub(super) writing: AsyncMutex<()>,
+    /// What it has in hand, of the memory of all lanes.
+    share: Share,
     /// There may be something to take, or room for more.
-    wake: Notify,
+    wake: Arc<Notify>,
     /// Counts what may be a change of its retries.
     retries_changed: AtomicU64,
     /// A retry has a time that has not come.
@@ -204,7 +211,8 @@ struct TakenMessages {
     is_unstored: bool,
     /// Why that could not be stored.
     refused: Option<String>,
-    envelopes: HashSet<i64>,
+    /// The bytes of each unsettled batch.
+    envelopes: HashMap<i64, usize>,
 }
 
 /// How far a session is, for the database.
@@ -232,6 +240,11 @@ struct Load {
 }
 
 impl Load {
+    /// What they take of the memory of all lanes.
+    fn cost(self) -> usize {
+        self.bytes + self.events * COST
+    }
+
     /// Whether one more of this size may be taken.
     fn allows(self, bytes: usize) -> bool {
         self.events < FEWEST.into() || (self.bytes + bytes) as u64 <= MOST_BYTES
@@ -293,14 +306,21 @@ impl TakenMessages {
         self.written = reached.ahead.unwrap_or_else(|| std::mem::take(&mut self.written));
     }
 
-    fn finish(&mut self, finished: &BTreeSet<i64>) {
+    /// Returns what of them was unsettled until now.
+    fn finish(&mut self, finished: &BTreeSet<i64>) -> Load {
         for (seq, done) in &mut self.events {
             *done |= finished.contains(seq);
         }
         while self.events.front().is_some_and(|(_, done)| *done) {
             self.events.pop_front();
         }
-        self.open_bytes -= finished.iter().filter_map(|seq| self.open.remove(seq)).sum::<usize>();
+        let mut load = Load::default();
+        for bytes in finished.iter().filter_map(|seq| self.open.remove(seq)) {
+            load.events += 1;
+            load.bytes += bytes;
+        }
+        self.open_bytes -= load.bytes;
+        load
     }
 }
 
@@ -321,7 +341,7 @@ impl LaneRef {
         let shared = self.0.upgrade()?;
         let taken = shared.taken();
         let events = taken.open.keys().copied().collect();
-        Some(Unsettled { events, envelopes: taken.envelopes.clone() })
+        Some(Unsettled { events, envelopes: taken.envelopes.keys().copied().collect() })
     }
 }
 
@@ -372,6 +392,7 @@ pub(super) async fn open(
     };
     let (segments, runs) = store.write(open).await?;
     let cursor = segments.first().map_or(0, |s| s.after);
+    let wake = Arc::new(Notify::new());
     let shared = Arc::new(Shared {
         store,
         keeper: queue.0.keeper.clone(),
@@ -384,7 +405,8 @@ pub(super) async fn open(
             ..TakenMessages::default()
         }),
         writing: AsyncMutex::default(),
-        wake: Notify::new(),
+        share: Share::new(&queue.0.budget, wake.clone()),
+        wake,
         retries_changed: AtomicU64::new(1),
         waits_for_a_retry: AtomicBool::new(false),
     });
@@ -480,8 +502,14 @@ impl queue::Source for Source {
             }
             self.mind_the_clock().await?;
             if self.may_have_due_retries() {
-                let found = self.query(Query::Retries).await?;
+                let allowed = self.shared.share.may_take();
+                let found = self.query(Query::Retries, allowed.unwrap_or(0)).await?;
                 self.hand_over(found, into);
+                // They come before events: a lane that stands in line for them takes none of either.
+                if allowed.is_none() && self.may_have_due_retries() {
+                    self.shared.wake.notified().await;
+                    continue;
+                }
             }
             let pulled = self.pull(max, into);
             if into.len() > before {
@@ -494,9 +522,14 @@ impl queue::Source for Source {
                 self.woken().await;
                 continue;
             }
-            let found = self.query(Query::Both(max)).await?;
+            let Some(allowed) = self.shared.share.may_take() else {
+                self.shared.wake.notified().await;
+                continue;
+            };
+            let found = self.query(Query::Both(max), allowed).await?;
             let more = found.more;
             self.hand_over(found, into);
+            self.shared.share.took(0);
             if into.len() > before {
                 return Ok(());
             }
@@ -583,11 +616,14 @@ impl Source {
     pub(super) fn pull(&self, max: usize, into: &mut Vec<Taken>) -> Pulled {
         let (window, before) = (usize::from(self.window.events), into.len());
         let seen = self.has_room_for_retries().then_some(self.retries.seen);
-        let room = {
+        let has_room = {
             let taken = self.shared.taken();
             max > 0 && taken.events.len() < window && taken.held().allows(0)
         };
-        self.head.pull(&self.shared, seen, room, |position, stored| {
+        let share = &self.shared.share;
+        let room = || has_room && share.reserve(window.min(max) * READ);
+        let (mut allowed, mut cost) = (None, 0);
+        let pulled = self.head.pull(&self.shared, seen, room, |position, stored| {
             let taken = &mut *position.0;
             if taken.ahead.iter().any(|run| run.contains(&stored.seq)) {
                 return Offered::Known;
@@ -596,11 +632,25 @@ impl Source {
             if !has_room || !taken.held().allows(stored.body.len()) {
                 return Offered::Refused;
             }
+            // Asked only for an event: a lane that needs nothing stands in nobody's way.
+            if allowed.is_none() {
+                allowed = share.may_take();
+            }
+            let next = cost + stored.body.len() + COST;
+            if allowed.is_none_or(|most| cost > 0 && next > most) {
+                return Offered::Refused;
+            }
+            cost = next;
             let event = stored.to_event();
             taken.take(&event);
             into.push(Taken::Event(event));
             Offered::Taken
-        })
+        });
+        // Otherwise it has taken nothing yet, and its turn goes on.
+        if pulled == Pulled::Taken {
+            share.took(cost);
+        }
+        pulled
     }
 
     /// Keeps retries from waiting longer because the clock was set back.
@@ -616,9 +666,10 @@ impl Source {
         Ok(())
     }
 
-    /// Queries due retries, and events as far as there is room for them. Changes nothing, so that
-    /// it can be dropped while it waits.
-    async fn query(&self, query: Query) -> Result<Found, QueueError> {
+    /// Queries due retries, and events as far as there is room for them, until they have so many
+    /// bytes; with none it finds out when the next retry is due. Changes nothing, so that it can be
+    /// dropped while it waits.
+    async fn query(&self, query: Query, most: usize) -> Result<Found, QueueError> {
         // Before the query: a change meanwhile must be looked at again.
         let seen = self.shared.count_of_retries();
         let (scanned, events_room, load, held, ahead) = {
@@ -628,7 +679,7 @@ impl Source {
                 taken.scanned,
                 if let Query::Both(max) = query { room.min(max) } else { 0 },
                 taken.held(),
-                taken.envelopes.iter().copied().collect::<Vec<_>>(),
+                taken.envelopes.keys().copied().collect::<Vec<_>>(),
                 taken.ahead.clone(),
             )
         };
@@ -643,7 +694,7 @@ impl Source {
                 let db = db.unchecked_transaction()?;
                 let mut found = Found { scanned, ..Found::default() };
                 if envelopes_room > 0 {
-                    let (room, into) = (envelopes_room, &mut found.envelopes);
+                    let (room, into) = ((envelopes_room, most), &mut found.envelopes);
                     let next_due = due(&db, &subscriber, now, &held, room, into)?;
                     found.retries = Some(Retries { seen, next_due });
                 }
@@ -662,7 +713,7 @@ impl Source {
                         wanted,
                         after.max(scanned),
                         upto,
-                        (events_room, load),
+                        (events_room, most, load),
                         &mut found,
                     )?;
                     found.more |= end && segments.next().is_some();
@@ -680,8 +731,14 @@ impl Source {
         }
         let mut taken = self.shared.taken();
         taken.scanned = taken.scanned.max(found.scanned);
+        let mut cost = 0;
         for (id, envelope) in found.envelopes {
-            taken.envelopes.insert(id);
+            let body = match &envelope {
+                Ok(batch) => &batch.body,
+                Err(letter) => &letter.body,
+            };
+            cost += body.len() + COST;
+            taken.envelopes.insert(id, body.len());
             let receipt = Receipt { from: MessageKind::Batch, tag: id.unsigned_abs() };
             into.push(match envelope {
                 Ok(envelope) => Taken::Batch(envelope, receipt),
@@ -689,9 +746,12 @@ impl Source {
             });
         }
         for event in found.events {
+            cost += event.body.len() + COST;
             taken.take(&event);
             into.push(Taken::Event(event));
         }
+        drop(taken);
+        self.shared.share.takes(cost);
     }
 
     /// Stores how far the log was scanned when nothing of it was for this subscriber, so that it
@@ -731,7 +791,7 @@ fn due(
     subscriber: &str,
     now: i64,
     held: &[i64],
-    room: usize,
+    (room, most): (usize, usize),
     into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
     let mut query = db.prepare_cached(
@@ -739,15 +799,17 @@ fn due(
          FROM retry WHERE subscriber = ?1 ORDER BY due, id",
     )?;
     let mut rows = query.query([subscriber])?;
+    let mut bytes = 0;
     while let Some(row) = rows.next()? {
         let id: i64 = row.get(0)?;
         if held.contains(&id) {
             continue;
         }
         let due: i64 = row.get(1)?;
-        if due > now || into.len() == room {
+        if due > now || into.len() == room || bytes >= most {
             return Ok(Some(due));
         }
+        bytes += row.get_ref(7)?.as_blob()?.len() + COST;
         into.push((id, envelope(row)?));
     }
     Ok(None)
@@ -811,7 +873,7 @@ fn scan(
     wanted: impl Fn(i64, &str, Option<&str>) -> bool,
     after: i64,
     upto: i64,
-    (room, mut load): (usize, Load),
+    (room, most, mut load): (usize, usize, Load),
     found: &mut Found,
 ) -> rusqlite::Result<bool> {
     // The bytes of what history alone has are not read: they may be most of the log.
@@ -823,7 +885,7 @@ fn scan(
     let mut scanned = 0;
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
-        if found.events.len() == room || bytes >= QUERY_BYTES {
+        if found.events.len() == room || bytes >= QUERY_BYTES.min(most) {
             return Ok(false);
         }
         scanned += 1;
@@ -838,7 +900,7 @@ fn scan(
         if is_wanted {
             let stored = Stored::read(row, seq)?;
             let size = stored.body.len();
-            bytes += size;
+            bytes += size + COST;
             load = Load { events: load.events + 1, bytes: load.bytes + size };
             found.events.push(stored.to_event());
         }
@@ -874,10 +936,12 @@ impl queue::Settler for Settler {
         let envelopes: Vec<i64> = of(MessageKind::Batch).collect();
         // Nothing but the cursor says so, and a write for each batch costs more than its request.
         if envelopes.is_empty() && matches!(settlement, Settlement::Delivered) {
+            let mut settled = Load::default();
             let is_left_to_keeper = shared.keeper.settle(shared, |position| {
-                position.0.finish(&events);
+                settled = position.0.finish(&events);
             });
             if is_left_to_keeper {
+                shared.share.settled(settled.cost());
                 shared.wake();
                 return Ok(());
             }
@@ -924,14 +988,15 @@ impl Shared {
         };
         shared.store.write(settle).await.map_err(|e| SettleError::Unconfirmed(e.to_string()))?;
         let mut taken = shared.taken();
-        taken.finish(&events);
+        let mut cost = taken.finish(&events).cost();
         if let Some(reached) = reached {
             taken.stored(reached);
         }
-        for id in &envelopes {
-            taken.envelopes.remove(id);
+        for body in envelopes.iter().filter_map(|id| taken.envelopes.remove(id)) {
+            cost += body + COST;
         }
         drop(taken);
+        shared.share.settled(cost);
         shared.wake();
         Ok(())
     }

@@ -134,6 +134,21 @@ impl Head {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(test)]
+    pub(super) fn holds_at_most(&self, bytes: usize) {
+        self.state().memory = bytes;
+    }
+
+    #[cfg(test)]
+    pub(super) fn passes(&self) -> u64 {
+        self.state().passes
+    }
+
+    #[cfg(test)]
+    pub(super) fn begins_after(&self) -> i64 {
+        self.state().ring.after()
+    }
+
     /// Adds a session, in the place of the last one of its subscriber.
     pub(super) fn join(&self, lane: &Arc<Shared>) {
         let mut state = self.state();
@@ -179,12 +194,13 @@ impl Head {
     }
 
     /// Hands a lane the events that are for it, until `take` refuses one; none if its retries
-    /// have changed since it knew them as of the count `seen`. With `room` for at least one event.
+    /// have changed since it knew them as of the count `seen`. `has_room` is asked before something
+    /// is read for it.
     pub(super) fn pull(
         &self,
         lane: &Shared,
         seen: Option<u64>,
-        room: bool,
+        has_room: impl FnOnce() -> bool,
         mut take: impl FnMut(&mut Position<'_>, &Stored) -> Offered,
     ) -> Pulled {
         let mut state = self.state();
@@ -231,7 +247,7 @@ impl Head {
         }
         let wants = &mut state.wants[owner as usize];
         if at < state.ring.after() {
-            if took || !room {
+            if took || !has_room() {
                 return Pulled::Taken;
             }
             if !matches!(wants.behind, Behind::Waits(_) | Behind::Read(_)) {
@@ -587,7 +603,7 @@ pub(super) mod tests {
         taken.iter().map(receipt).collect()
     }
 
-    async fn settle(settler: &Settler, receipts: Vec<Receipt>) {
+    pub(in crate::queue::embedded) async fn settle(settler: &Settler, receipts: Vec<Receipt>) {
         settler.settle(receipts, Settlement::Delivered).await.expect("settles");
     }
 
@@ -638,7 +654,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let all = subscribers(&[("all", "#"), ("some", "x.#"), ("few", "y")]);
         let (queue, _stop) = running(&dir, &all);
-        queue.0.head.state().memory = 20 * EVENT_COST;
+        queue.0.head.holds_at_most(20 * EVENT_COST);
         queue.prepare(&all).await.expect("prepares");
         let window = Window { events: 7, envelopes: 1 };
         let mut lanes = Vec::new();
@@ -909,7 +925,7 @@ pub(super) mod tests {
         let of_each: Vec<_> = names.iter().zip(&patterns).map(|(n, p)| (&**n, &**p)).collect();
         let all = subscribers(&of_each);
         let (queue, _stop) = running(&dir, &all);
-        queue.0.head.state().memory = 20 * EVENT_COST;
+        queue.0.head.holds_at_most(20 * EVENT_COST);
         queue.prepare(&all).await.expect("prepares");
         for n in 0..40 {
             publish(&queue, &format!("x.{}", n % 4), 100).await;
@@ -943,7 +959,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let a = subscribers(&[("a", "x")]);
         let (queue, _stop) = running(&dir, &a);
-        queue.0.head.state().memory = 20 * EVENT_COST;
+        queue.0.head.holds_at_most(20 * EVENT_COST);
         queue.prepare(&a).await.expect("prepares");
         let window = Window { events: 2, envelopes: 1 };
         let (mut source, settler) = queue.open(&a[0], window).await.expect("opens");
@@ -1052,7 +1068,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let a = subscribers(&[("a", "x")]);
         let (queue, _stop) = running(&dir, &a);
-        queue.0.head.state().memory = 20 * EVENT_COST;
+        queue.0.head.holds_at_most(20 * EVENT_COST);
         queue.prepare(&a).await.expect("prepares");
         for _ in 0..4 {
             publish(&queue, "x", 1000).await;
