@@ -9,7 +9,7 @@ use std::{
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
-        WebPkiServerVerifier,
+        Resumption, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_name,
     },
@@ -19,6 +19,9 @@ use rustls::{
 
 /// The protocols offered by ALPN (RFC 7301); the receiver chooses.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// Sessions that are kept to be resumed: those of one server, since each client has its own.
+const SESSIONS: usize = 8;
 
 /// Trusted certificates: as authorities, and each also as a server's own.
 #[derive(Debug)]
@@ -274,6 +277,7 @@ impl TlsPolicy {
             }
         };
         config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
+        config.resumption = Resumption::in_memory_sessions(SESSIONS);
         Ok(config)
     }
 }
