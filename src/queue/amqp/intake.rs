@@ -39,10 +39,17 @@ pub(super) async fn publish(
     }
     let mut results = published?;
     republish_lost(shared, &messages, &mut results).await?;
-    let matching = shared.matching();
-    // History takes what no subscriber wants. (What the relay finds in the source queue it compares
-    // itself.)
-    let is_wanted = |m: &Message| m.exchange.is_empty() || matching.matches(&m.routing_key);
+    // What the relay finds in the source queue it compares itself.
+    let is_event = |m: &Message| !m.exchange.is_empty();
+    let stored =
+        |(m, result): &(&Message, &PublishResult)| is_event(m) && **result == PublishResult::Stored;
+    let types = messages.iter().zip(&results).filter(stored).map(|(m, _)| m.routing_key.as_str());
+    let matching = shared.matching(types).await;
+    // History takes what no subscriber wants. What is in a queue has found one, unless it is known
+    // that it has not.
+    let is_wanted = |m: &Message| {
+        !is_event(m) || matching.as_ref().is_none_or(|all| all.matches(&m.routing_key))
+    };
     let published = |(result, message): (PublishResult, &Message)| match result {
         PublishResult::Stored if is_wanted(message) => Published::Stored,
         PublishResult::Stored | PublishResult::Unroutable => Published::Unmatched,

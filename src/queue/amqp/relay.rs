@@ -230,7 +230,11 @@ impl Relay<'_> {
         let mut refused = Vec::new();
         let subscribers = self.subscribers.borrow().clone();
         let results = self.published(&messages).await?;
-        let matching = self.shared.matching();
+        let stored = messages.iter().zip(&results).filter(|(message, result)| {
+            !message.exchange.is_empty() && **result == PublishResult::Stored
+        });
+        let types = stored.map(|(message, _)| message.routing_key.as_str());
+        let matching = self.shared.matching(types).await;
         for (message, result) in messages.into_iter().zip(results) {
             if message.exchange.is_empty() {
                 match result {
@@ -243,7 +247,9 @@ impl Relay<'_> {
             let wanting = || subscribers.iter().filter(|s| s.wants(&message.routing_key));
             match (result, wanting().next()) {
                 // Stored for history alone.
-                (PublishResult::Stored, None) if !matching.matches(&message.routing_key) => {
+                (PublishResult::Stored, None)
+                    if matching.as_ref().is_some_and(|all| !all.matches(&message.routing_key)) =>
+                {
                     unmatched += 1
                 }
                 (PublishResult::Stored, _) => {}

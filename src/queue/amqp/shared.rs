@@ -12,7 +12,10 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout_at,
+};
 
 use super::{
     connection::{Dialer, Role},
@@ -44,6 +47,9 @@ use crate::{
 /// The broker counts a new consumer within this time. Until then another daemon's may be taken for
 /// this one's own.
 const COUNTED: Duration = Duration::from_secs(2);
+
+/// The longest time for which events wait until the record is read, which says what others have bound.
+const RECORD_READ: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -92,6 +98,8 @@ pub(super) struct Shared {
     /// The patterns that are bound to the exchange of the events, of all daemons: by the record,
     /// and those that this process has bound and not recorded yet.
     pub(super) matching: Mutex<Arc<Matching>>,
+    /// Until when events wait for the record to be read, from the first one that did.
+    awaits_record: OnceLock<Instant>,
     /// Held by the task that restores what is missing.
     pub(super) restoring: tokio::sync::Mutex<()>,
 }
@@ -127,6 +135,7 @@ impl Shared {
             marks: Marks::default(),
             bound_since: Mutex::default(),
             matching: Mutex::default(),
+            awaits_record: OnceLock::new(),
             restoring: tokio::sync::Mutex::default(),
         }
     }
@@ -186,8 +195,23 @@ impl Shared {
         *matching = Arc::new(change(&matching));
     }
 
-    pub(super) fn matching(&self) -> Arc<Matching> {
-        self.matching.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The patterns that events of these types are compared with. If one of them seems to find no
+    /// subscriber, a daemon waits a little until it has read what others have bound. `None`: it has
+    /// not.
+    pub(super) async fn matching<'t>(
+        &self,
+        mut types: impl Iterator<Item = &'t str>,
+    ) -> Option<Arc<Matching>> {
+        let known = || self.matching.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let matching = known();
+        if !self.follows() || types.all(|event_type| matching.matches(event_type)) {
+            return Some(matching);
+        }
+        let mut recorded = self.history.recorded.subscribe();
+        // Once for all events: they are not to wait for a record that cannot be read.
+        let until = *self.awaits_record.get_or_init(|| clock::instant() + RECORD_READ);
+        timeout_at(until.into(), recorded.wait_for(Option::is_some)).await.ok()?.ok()?;
+        Some(known())
     }
 
     /// Whether this process follows the record, as a daemon does.
