@@ -102,7 +102,8 @@ impl Topology {
         let (events, witness) = (self.events(), self.witness());
         let Err(refused) = broker.bind_exchange(&events, &witness, "").await else { return Ok(()) };
         if matches!(refused, Refused::NotFound) {
-            broker.delete_exchange(&witness).await?;
+            // The next check tries again.
+            broker.delete_exchange(&witness).await.ok();
         }
         Err(unbound(refused, &events))
     }

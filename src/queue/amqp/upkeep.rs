@@ -208,9 +208,12 @@ impl<'a> Upkeep<'a> {
         let exchange = self.exchange(broker, &mut missing).await;
         let is_well = match exchange {
             Ok(true) => {
-                self.subscribers(broker, subscribers, patterns, &mut missing).await
+                let is_well = self.subscribers(broker, subscribers, patterns, &mut missing).await
                     & self.history(broker, &mut missing).await
-                    & self.is_witness_bound
+                    & self.is_witness_bound;
+                // Without its bindings it takes no event to anybody.
+                self.ends("the exchange of the events");
+                is_well
             }
             Ok(false) => true,
             Err(e) => {
@@ -244,6 +247,8 @@ impl<'a> Upkeep<'a> {
                 self.fails("the exchange of the events", Harms::Lanes, &QueueError::new(why));
                 return Ok(false);
             }
+            // If it was not bound it is there still.
+            broker.delete_exchange(&topology.witness()).await.ok();
             topology.ensure_events(broker).await?;
         }
         self.schedule.present();
@@ -251,11 +256,10 @@ impl<'a> Upkeep<'a> {
         let owed = self.owed.take();
         // Another daemon may declare it, and end before it has bound it.
         self.is_witness_bound &= has_witness;
-        if has_witness {
+        if has_witness && self.is_witness_bound {
             self.shared.history.witnessed(began);
-            if !self.is_witness_bound {
-                self.bind_witness(broker).await;
-            }
+        } else if has_witness {
+            self.bind_witness(broker).await;
         } else if owed == Some(false) {
             // There was none before this daemon.
             self.witness(broker).await;
@@ -268,7 +272,6 @@ impl<'a> Upkeep<'a> {
                 self.witness(broker).await;
             }
         }
-        self.ends("the exchange of the events");
         Ok(true)
     }
 

@@ -216,8 +216,8 @@ fn a_suspected_queue_that_a_limit_keeps_from_being_tried_is_no_outage_while_hist
         let history = connection_of_history(&broker);
         suspected(&broker, &api, || daemon.log(), "is_shared=true").await;
         assert_eq!(connection_of_history(&broker), history);
-        // There is, and the broker opens no channel on it.
-        allow(&broker, all + 1);
+        // There is, for what tries the delay ladder too, and the broker opens no channel on it.
+        allow(&broker, all + 2);
         ctl(&broker, &["set_user_limits", "guest", r#"{"max-channels":0}"#]);
         let says = "the queue of history cannot be tried, and is consumed";
         suspected(&broker, &api, || daemon.log(), says).await;
