@@ -13,7 +13,7 @@ use crate::{
     },
     clock,
     config::{self, Subscriber},
-    delivery::Depth,
+    delivery::{Depth, PauseState},
     queue::Queue,
     store::Store,
     supervisor::managed::Managed,
@@ -109,6 +109,24 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         })
     }
 
+    /// What a lane does. A pause counts from when it is recorded, and so does its end: the lane may not
+    /// have noticed it yet.
+    fn lane_view(&self, subscriber: &Subscriber) -> Option<View> {
+        let mut view = self.board.view(&subscriber.name, clock::instant(), clock::now())?;
+        let is_paused = matches!(view.state, status::State::Paused(_));
+        let known = self.queue.pause_states();
+        match known.borrow().as_ref().and_then(|all| all.get(&subscriber.name)) {
+            Some(PauseState::Paused(pause)) if !is_paused => {
+                view.state = status::State::Paused(pause.clone());
+            }
+            Some(PauseState::Resumed { .. }) if is_paused && !subscriber.paused => {
+                view.state = status::State::Ok;
+            }
+            _ => {}
+        }
+        Some(view)
+    }
+
     fn subscriber_view(
         &self,
         subscriber: &Subscriber,
@@ -120,7 +138,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
         // RabbitMQ counts the delayed retries of all subscribers together.
         let counted_per_subscriber = depths.is_some_and(|d| d.delayed.is_none());
-        let view = self.board.view(name, clock::instant(), clock::now());
+        let view = self.lane_view(subscriber);
         view::Subscriber {
             subscriber: name.to_string(),
             state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),

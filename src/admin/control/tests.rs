@@ -34,6 +34,7 @@ fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
 /// The API on a port; `ended` gets a message for each request whose handler was dropped.
 struct Served {
     queue: Fake,
+    board: Board,
     reloader: Reloader,
     changes: mpsc::Receiver<Change>,
     listens: std::net::SocketAddr,
@@ -70,12 +71,13 @@ async fn serve(config: Config) -> Served {
     let board = Board::new(metrics);
     let store = crate::store::fake::FakeStore::default();
     let history = Health::new(&store, board.clone());
-    let control = Control::new(queue.clone(), store, reloader.clone(), board, phase, history);
+    let control =
+        Control::new(queue.clone(), store, reloader.clone(), board.clone(), phase, history);
     let app = routes(Arc::new(control)).layer(watched);
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let listens = socket.local_addr().expect("an address");
     tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });
-    Served { queue, reloader, changes, listens, ended }
+    Served { queue, board, reloader, changes, listens, ended }
 }
 
 impl Served {
@@ -116,6 +118,36 @@ async fn a_pause_and_a_resume_are_made_although_the_client_has_gone() {
             .expect("it is made to its end")
             .expect("the queue is there");
     }
+}
+
+#[tokio::test]
+async fn a_pause_and_its_end_are_shown_before_the_lane_has_noticed_them() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let served = serve(config(&dir, &["a"])).await;
+    let lane = served.board.lane(&"a".into());
+    let told = async |method: &str, path: &str| {
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}"
+        );
+        let mut client = TcpStream::connect(served.listens).await.expect("connects");
+        client.write_all(request.as_bytes()).await.expect("asks");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.expect("answers");
+        answer
+    };
+    let shows = async |state: &str| {
+        let answer = told("GET", "/v1/subscribers").await;
+        assert!(answer.contains(&format!(r#""state":"{state}""#)), "{answer}");
+    };
+    shows("ok").await;
+    told("POST", "/v1/subscribers/a/pause").await;
+    shows("paused").await;
+    let pause =
+        served.queue.pause_states().borrow().as_ref().and_then(|all| all["a"].pause().cloned());
+    let pause = pause.expect("it is recorded");
+    lane.report(&lane_event::LaneEvent::Paused { pause: &pause, known: false });
+    told("POST", "/v1/subscribers/a/resume").await;
+    shows("ok").await;
 }
 
 #[tokio::test]
