@@ -288,14 +288,7 @@ mod tests {
             enqueued: 0,
             unusable: 0,
             batches: 6,
-            outcome: ReplayOutcome {
-                delivered: 1,
-                dead: 1,
-                split: 1,
-                retrying: 1,
-                waiting: 1,
-                unknown: 1,
-            },
+            outcome: ReplayOutcome::ONE_EACH,
             missing: 0,
             start_from: false,
         };

@@ -91,6 +91,11 @@ pub struct ReplayOutcome {
 }
 
 impl ReplayOutcome {
+    /// A batch in each state.
+    #[cfg(test)]
+    pub(in crate::admin) const ONE_EACH: Self =
+        Self { delivered: 1, dead: 1, split: 1, retrying: 1, waiting: 1, unknown: 1 };
+
     /// The states that batches are in, with how many are.
     pub(crate) fn states(self) -> impl Iterator<Item = (&'static str, u64)> {
         let Self { delivered, dead, split, retrying, waiting, unknown } = self;

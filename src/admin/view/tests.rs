@@ -381,14 +381,7 @@ fn replay(full: bool) -> Replay {
         enqueued: 1,
         unusable: 1,
         batches: 1,
-        outcome: ReplayOutcome {
-            delivered: 1,
-            dead: 1,
-            split: 1,
-            retrying: 1,
-            waiting: 1,
-            unknown: 1,
-        },
+        outcome: ReplayOutcome::ONE_EACH,
         missing: 1,
         start_from: full,
     }
