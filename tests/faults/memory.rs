@@ -525,6 +525,8 @@ impl World {
         let begun = Instant::now();
         loop {
             self.update();
+            // A batch that was a retry may have been tried again, and be a dead letter by now.
+            self.read_queue();
             let path = format!("/api/v1/deliveries?subscriber={subscriber}&");
             let listed = self.list(&path, "deliveries").await;
             let mut by_id: HashMap<&str, &Value> =
