@@ -184,7 +184,7 @@ async fn fill(queue: &Embedded, events: u64) {
         let rows = (first..last).map(|n| {
             let varied::Varied { event_type, message_id, body } = varied::event(n);
             let message_id = Some(message_id);
-            NewEvent { event_type, message_id, body: body.into(), traceparent: None }
+            NewEvent { event_type, message_id, body: body.into(), traceparent: None, tenant: None }
         });
         publish(queue, rows).await;
     }
@@ -209,6 +209,7 @@ fn new_event(event_type: &str, n: u64) -> NewEvent {
         message_id: None,
         body: body.into(),
         traceparent: None,
+        tenant: None,
     }
 }
 

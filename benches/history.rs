@@ -55,6 +55,7 @@ fn event(n: u64) -> NewRow {
         message_id: Some(message_id),
         body: body.into(),
         redelivered: false,
+        tenant: None,
     }
 }
 

@@ -124,6 +124,7 @@ async fn publish(queue: &impl Queue, types: impl Iterator<Item = String>) {
         message_id: None,
         body: EVENT.into(),
         traceparent: None,
+        tenant: None,
     };
     let mut events = types.map(event).peekable();
     while events.peek().is_some() {

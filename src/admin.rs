@@ -162,6 +162,7 @@ impl Admin {
         let intake = Intake::new(
             queue,
             reloader.subscribers(),
+            reloader.config().queue.embedded.tenant.clone(),
             phase.clone(),
             board.metrics().clone(),
             room.clone(),

@@ -31,7 +31,7 @@ pub use self::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
         IntakeConfig, LogConfig, PublicUrl, QueueConfig, Reach, Role, StoreConfig, Token,
     },
-    subscriber::{Auth, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, matcher},
+    subscriber::{Auth, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, audience},
 };
 use self::{document::Source, reader::Reader};
 use crate::{delivery::SubscriberName, wording::counted};

@@ -4,13 +4,22 @@
 //! building a value: numbers such as 2^64-1 or 1e400 and escapes keep their spelling, because
 //! nothing parses and prints them.
 
+pub mod audience;
 pub mod details;
 pub mod inflate;
+mod key;
 pub mod matcher;
 mod pattern;
 pub mod payload;
+mod pointer;
+mod tenant;
 
-pub use self::pattern::{MAX_TYPE_LEN, Pattern};
+pub use self::{
+    key::Key,
+    pattern::{MAX_TYPE_LEN, Pattern},
+    pointer::Pointer,
+    tenant::{MAX_TENANT, Tenant, TenantPlace},
+};
 
 use std::{borrow::Cow, fmt, ops::Range};
 
@@ -106,23 +115,13 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     let found = json.deserialize_map(HeadFields).and_then(|found| json.end().map(|()| found));
     let (event_type, timestamp) = found.map_err(|e| InvalidEvent::NotJson(e.to_string()))?;
     let event_type = event_type.ok_or(InvalidEvent::TypeMissing)?;
-    let event_type = string(event_type.get()).ok_or(InvalidEvent::TypeNotAString)?;
+    let event_type = key::string(event_type.get()).ok_or(InvalidEvent::TypeNotAString)?;
     let event_type = event_type
         .map_err(|e| InvalidEvent::NotJson(format!("its field `event`, read alone: {e}")))?;
     match event_type.len() {
         len if len > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(len)),
         _ => Ok(Head { event_type, timestamp: timestamp.and_then(|t| t.get().parse().ok()) }),
     }
-}
-
-/// The text of a JSON string; `None` if the value has another type.
-fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
-    let text = json.strip_prefix('"')?.strip_suffix('"')?;
-    Some(if text.contains('\\') {
-        serde_json::from_str(json).map(Cow::Owned)
-    } else {
-        Ok(Cow::Borrowed(text))
-    })
 }
 
 /// The field that [`with_id`] adds.
@@ -223,28 +222,6 @@ impl<'de> Visitor<'de> for HasKey {
             map.next_value::<IgnoredAny>()?;
         }
         Ok(found)
-    }
-}
-
-/// A key as written in an object. A key with half of a surrogate pair is valid JSON too (RFC 8259,
-/// section 8.2), though not every parser reads it.
-#[derive(Debug)]
-pub struct Key<'e>(&'e RawValue);
-
-impl Key<'_> {
-    /// Whether it is this key; it may be written with escapes.
-    pub fn is(&self, name: &str) -> bool {
-        let text = self.0.get();
-        if text.contains('\\') {
-            return serde_json::from_str::<Cow<'_, str>>(text).is_ok_and(|key| key == name);
-        }
-        text.strip_prefix('"').and_then(|t| t.strip_suffix('"')) == Some(name)
-    }
-}
-
-impl<'de: 'e, 'e> serde::Deserialize<'de> for Key<'e> {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        <&RawValue>::deserialize(d).map(Self)
     }
 }
 

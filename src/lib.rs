@@ -39,7 +39,8 @@
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
-//!              · details · inflate · payload · pattern · matcher · event
+//!              · details · inflate · payload · key · pattern · pointer · tenant · matcher · audience
+//!              · event
 //! delivery/                 the nouns, each defined once
 //!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
 //!              · disposition · depth · pause · delivery
@@ -51,7 +52,7 @@
 //!              keys/ · key · show
 //!              managed/ · body
 //!              loader/ · files · preset · origins · queue · tokens · signing · policies · daemon
-//!              · endpoint · start_from
+//!              · endpoint · start_from · tenant
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber

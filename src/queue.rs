@@ -30,7 +30,7 @@ use crate::{
         Batch, BatchId, DeadLetter, Depths, MessageKind, PauseState, PauseStates, Print,
         SubscriberName,
     },
-    event::{InvalidEvent, head},
+    event::{InvalidEvent, Tenant, head},
     store::EventNumber,
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
@@ -314,6 +314,8 @@ pub struct NewEvent {
     pub body: Bytes,
     /// The producer's, as W3C Trace Context has it.
     pub traceparent: Option<Arc<str>>,
+    /// Whose it is. Only the embedded queue knows tenants.
+    pub tenant: Option<Tenant>,
 }
 
 /// Bytes of a trace context; W3C Trace Context has 55 characters.

@@ -44,7 +44,7 @@ use tokio::sync::watch;
 use crate::{
     crypto::secret::Secret,
     delivery::{Print, SubscriberName},
-    event::Pattern,
+    event::audience::Interest,
 };
 
 /// The most rows that one answer has, and one transaction reads.
@@ -192,17 +192,17 @@ pub trait Store: Clone + Send + Sync + 'static {
         time: Duration,
     ) -> impl Future<Output = Result<Vec<WithEvent>, StoreError>> + Send;
 
-    /// Records which patterns each subscriber has from now on. One that is not among them has none.
+    /// Records what each subscriber is to get from now on. One that is not among them has none.
     ///
     /// # Errors
     /// Nothing has changed.
     fn subscribed(
         &self,
-        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        all: Vec<(SubscriberName, Interest)>,
         now: SystemTime,
     ) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// The patterns of all subscribers with the times from and until which they held, as far as
+    /// What all subscribers were to get, with the times from and until which they held, as far as
     /// history reaches.
     ///
     /// # Errors

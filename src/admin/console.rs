@@ -101,7 +101,8 @@ async fn list_events<Q: Queue, S: Store>(
         }
         Err(refusal) => (Err(refusal), None),
     };
-    events::list(&session, &form, found, day.as_ref())
+    let tenants = console.control.has_tenants();
+    events::list(&session, &form, found, day.as_ref(), tenants)
 }
 
 /// The events that the page's filters select, as a file.

@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use self::inspection::Inspections;
+pub(super) use self::report::Which;
 pub(super) use super::ending::{MOST_TO_THEIR_END, to_its_end};
 use super::{
     answer::{Refusal, answer, discard, json_answer},
@@ -149,9 +150,9 @@ pub(super) fn routes<Q: Queue, S: Store>(control: Arc<Control<Q, S>>) -> Router 
 
 async fn report_all<Q: Queue, S: Store>(
     extract::State(control): This<Q, S>,
-    Query(()): Query<()>,
+    Query(which): Query<Which>,
 ) -> Response {
-    json_answer(StatusCode::OK, &control.overview().await)
+    json_answer(StatusCode::OK, &control.selected(&which).await)
 }
 
 async fn report_one<Q: Queue, S: Store>(
@@ -362,6 +363,11 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     /// Whether subscribers can be made here, over the API and in the console.
     pub(super) fn manages(&self) -> bool {
         self.reloader.config().admin.manage
+    }
+
+    /// Whether events have tenants.
+    pub(super) fn has_tenants(&self) -> bool {
+        self.reloader.config().queue.embedded.tenant.is_some()
     }
 
     /// The file of the configuration.

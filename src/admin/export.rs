@@ -243,6 +243,7 @@ mod tests {
             message_id: Some(format!("=m{n}")),
             body: format!("{{\"event\":\"a\",\"n\":{n}}}").into(),
             redelivered: false,
+            tenant: None,
         };
         store.append((0..number).map(event).collect()).await.expect("appends");
         store

@@ -1,7 +1,6 @@
 //! What history answers: events, one event with where it went, deliveries.
 
 use std::{
-    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,12 +17,12 @@ use axum::{
 use super::{
     answer::{Refusal, answer},
     guard::{Caller, with_token},
-    query::{FromQuery, Parameters, Query},
+    query::{FromQuery, Parameters, Query, tenant},
     view::{Delivery, DeliveryList, Event, EventList, EventWhere, Reach},
 };
 use crate::{
     clock,
-    delivery::{PauseStates, SubscriberName},
+    delivery::PauseStates,
     event::Pattern,
     history::{
         resend,
@@ -93,6 +92,7 @@ pub(super) fn event_filter(given: &mut Parameters) -> EventFilter {
         event_type: given.take("type", Pattern::try_new),
         actor: given.take("actor", value),
         resource: given.take("resource", value),
+        tenant: given.take("tenant", tenant),
         id: given.take("id", value),
         text: given.take("text", text),
         since: given.take("since", time),
@@ -365,8 +365,7 @@ impl<Q: Queue, S: Store> History<Q, S> {
 
     async fn went(&self, event: &EventRow) -> Result<Vec<whereabouts::Whereabouts>, StoreError> {
         let subscribers = self.reloader.subscribers().borrow().clone();
-        let configured: BTreeMap<SubscriberName, Vec<Pattern>> =
-            subscribers.iter().map(|s| (s.name.clone(), s.events.clone())).collect();
+        let configured = subscribers.iter().map(|s| (s.name.clone(), s.interest())).collect();
         let pauses: PauseStates = self.queue.pause_states().borrow().clone().unwrap_or_default();
         let lanes = LanesOf { queue: Some(self.queue.clone()), pauses };
         whereabouts::of_event(&self.store, event, &configured, &lanes, clock::now()).await

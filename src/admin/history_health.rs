@@ -118,6 +118,7 @@ mod tests {
             message_id: None,
             body: "{}".into(),
             redelivered: false,
+            tenant: None,
         };
         store.append(vec![event]).await.expect("appends");
         let why = || "a reason".to_owned();

@@ -31,11 +31,12 @@ use super::{
 };
 use crate::{
     clock,
-    config::{Subscribers, matcher},
+    config::{Subscribers, audience},
     event::{
-        InvalidEvent, Key, event_type,
+        InvalidEvent, Key, MAX_TENANT, Tenant, TenantPlace,
+        audience::Audience,
+        event_type,
         inflate::{Broken, gunzip},
-        matcher::Matcher,
     },
     failpoint::{Step, reached},
     queue::{Arrival, MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
@@ -46,6 +47,9 @@ use crate::{
     },
     wording::{agreed, counted},
 };
+
+/// The header that says whose the events of a request are.
+const TENANT: HeaderName = HeaderName::from_static("x-hooktrail-tenant");
 
 /// The most invalid events that an answer lists.
 const MAX_REPORTED: usize = 100;
@@ -74,7 +78,9 @@ pub(super) struct Intake<Q> {
     queue: Q,
     subscribers: watch::Receiver<Subscribers>,
     /// The patterns of the subscribers of the last request.
-    wanted: Mutex<(Subscribers, Arc<Matcher>)>,
+    wanted: Mutex<(Subscribers, Arc<Audience>)>,
+    /// Where the tenant of an event is.
+    tenant: Option<TenantPlace>,
     phase: watch::Receiver<Phase>,
     metrics: Metrics,
     room: Arc<Semaphore>,
@@ -109,16 +115,18 @@ impl<Q: Queue> Intake<Q> {
     pub(super) fn new(
         queue: Q,
         subscribers: watch::Receiver<Subscribers>,
+        tenant: Option<TenantPlace>,
         phase: watch::Receiver<Phase>,
         metrics: Metrics,
         room: Arc<Semaphore>,
     ) -> Self {
         let (wanted, outage) = (Mutex::default(), Mutex::default());
-        Self { queue, subscribers, wanted, phase, metrics, room, outage }
+        Self { queue, subscribers, wanted, tenant, phase, metrics, room, outage }
     }
 
     async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<Accepted, Refusal> {
         let encoding = Encoding::of(headers)?;
+        let tenant = self.tenant_beside(headers)?;
         let length: Option<usize> = header_text(headers, header::CONTENT_LENGTH).parse().ok();
         if length.is_some_and(|l| l > MAX_BODY) {
             return Err(Refusal::too_large());
@@ -145,12 +153,19 @@ impl<Q: Queue> Intake<Q> {
             }
             _ = phase.wait_for(|p| *p != Phase::Running) => return Err(Refusal::not_running(Phase::Draining)),
         };
+        let place = self.tenant.clone();
+        let parse = move |body: Bytes| {
+            let mut events = events_of(&body, encoding)?;
+            for event in &mut events {
+                event.tenant = place.as_ref().and_then(|p| p.tenant(tenant.as_ref(), &event.body));
+            }
+            Ok(events)
+        };
         let events = if body.len() <= QUICK && !encoding.gzip {
-            events_of(&body, encoding)?
+            parse(body)?
         } else {
-            let parsing = tokio::task::spawn_blocking(move || {
-                inflated(body, encoding).and_then(|body| events_of(&body, encoding))
-            });
+            let parsing =
+                tokio::task::spawn_blocking(move || inflated(body, encoding).and_then(parse));
             parsing.await.map_err(|_| {
                 Refusal::new(
                     StatusCode::INTERNAL_SERVER_ERROR,
@@ -160,6 +175,34 @@ impl<Q: Queue> Intake<Q> {
         };
         let _more = self.room_of(&events, room.num_permits())?;
         self.publish(with_trace(events, headers)).await
+    }
+
+    /// The tenant that a request's header says its events are of.
+    fn tenant_beside(&self, headers: &HeaderMap) -> Result<Option<Tenant>, Refusal> {
+        let mut all = headers.get_all(&TENANT).iter();
+        let Some(value) = all.next() else { return Ok(None) };
+        let why = match &self.tenant {
+            // Taken for a filter, a header that is ignored would show events to others.
+            None => format!(
+                "the header {TENANT} says nothing here: [queue] tenant is not set; leave it out"
+            ),
+            Some(TenantPlace::Pointer(pointer)) => {
+                format!(
+                    "the header {TENANT} says nothing here: the tenant is each event's own `{pointer}`; leave it out"
+                )
+            }
+            Some(TenantPlace::Header(_)) => {
+                let tenant = std::str::from_utf8(value.as_bytes()).ok().and_then(Tenant::try_new);
+                match tenant {
+                    Some(tenant) if all.next().is_none() => return Ok(Some(tenant)),
+                    Some(_) => format!("the header {TENANT} is there twice"),
+                    None => format!(
+                        "the header {TENANT} must be UTF-8 and have 1 to {MAX_TENANT} bytes"
+                    ),
+                }
+            }
+        };
+        Err(Refusal::bad(why))
     }
 
     /// Takes more room for many small events, which need more than their bytes. It does not wait:
@@ -214,7 +257,10 @@ impl<Q: Queue> Intake<Q> {
             // is in use.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
             let wanted = self.wanted();
-            let wanted: Vec<bool> = group.iter().map(|e| wanted.matches(&e.event_type)).collect();
+            let wanted: Vec<bool> = group
+                .iter()
+                .map(|e| wanted.matches(e.tenant.as_ref().map(Tenant::as_str), &e.event_type))
+                .collect();
             let published = match self.queue.publish(group).await {
                 Ok(published) => published,
                 Err(e) => {
@@ -259,11 +305,11 @@ impl<Q: Queue> Intake<Q> {
     }
 
     /// The patterns of the configuration in use.
-    fn wanted(&self) -> Arc<Matcher> {
+    fn wanted(&self) -> Arc<Audience> {
         let now = self.subscribers.borrow().clone();
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         if !Arc::ptr_eq(&wanted.0, &now) {
-            *wanted = (now.clone(), Arc::new(matcher(&now)));
+            *wanted = (now.clone(), Arc::new(audience(&now)));
         }
         wanted.1.clone()
     }
@@ -382,6 +428,7 @@ impl Found {
                     message_id: Some(clock::event_id()),
                     body: body.slice_ref(event),
                     traceparent: None,
+                    tenant: None,
                 });
             }
         }
@@ -639,8 +686,14 @@ mod tests {
         let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let no_subscribers = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake =
-            Intake::new(Fake::default(), no_subscribers, phase, Metrics::new(clock::now()), room);
+        let intake = Intake::new(
+            Fake::default(),
+            no_subscribers,
+            None,
+            phase,
+            Metrics::new(clock::now()),
+            room,
+        );
         let mut headers = HeaderMap::new();
         headers.insert(
             header::CONTENT_TYPE,
@@ -671,6 +724,7 @@ mod tests {
         let intake = Intake::new(
             Fake::default(),
             no_subscribers,
+            None,
             phase,
             Metrics::new(clock::now()),
             room.clone(),

@@ -116,6 +116,9 @@ pub struct Overview {
     pub history: Option<HistoryHealth>,
     #[serde(default)]
     pub subscribers: Vec<Subscriber>,
+    /// The list goes on `after` this subscriber; absent at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
     /// Removed subscribers whose queues are not pruned yet.
     #[serde(default)]
     pub removed: Vec<Removed>,
@@ -196,6 +199,9 @@ pub struct Subscriber {
     /// Absent from a daemon of an earlier version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+    /// The tenant whose events it gets; absent where it gets those of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Why it is inactive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
@@ -231,6 +237,19 @@ pub enum State {
 }
 
 impl State {
+    /// The names of all that this version knows.
+    pub const NAMES: [&str; 9] = [
+        "starting",
+        "ok",
+        "waiting",
+        "retrying",
+        "circuit_open",
+        "held",
+        "paused",
+        "queue_fails",
+        "inactive",
+    ];
+
     pub fn name(&self) -> &str {
         match self {
             Self::Starting => "starting",

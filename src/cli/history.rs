@@ -5,6 +5,7 @@ use std::io::{IsTerminal as _, Write as _};
 use clap::builder::NonEmptyStringValueParser;
 
 use super::{
+    arguments::tenant,
     daemon::Asked,
     failed::Failed,
     moment::{Span, Zone},
@@ -17,7 +18,7 @@ use crate::{
     clock,
     config::Config,
     csv,
-    event::Pattern,
+    event::{Pattern, Tenant},
     page::MAX_LIMIT,
     store::{By, EventFilter},
     wording::counted,
@@ -34,6 +35,9 @@ pub(super) struct Args {
     /// Events whose resource has this id or name
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     resource: Option<String>,
+    /// Events of this tenant
+    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    tenant: Option<Tenant>,
     /// Events with this message id, or `sha256-` and the digest of their bytes
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     id: Option<String>,
@@ -68,6 +72,7 @@ pub(super) async fn run(config: &Config, asked: &Asked, args: &Args) -> Result<(
         event_type: args.event_type.clone(),
         actor: args.actor.clone(),
         resource: args.resource.clone(),
+        tenant: args.tenant.clone(),
         id: args.id.clone(),
         text,
         since: times.since,

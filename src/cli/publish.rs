@@ -14,12 +14,12 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 
-use super::{failed::Failed, open::reach, text::visible};
+use super::{arguments::tenant, failed::Failed, open::reach, text::visible};
 use crate::{
     admin::MAX_EVENTS,
     clock,
-    config::{Backend, Config, matcher},
-    event::{InvalidEvent, event_type, matcher::Matcher},
+    config::{Backend, Config, audience},
+    event::{InvalidEvent, Tenant, TenantPlace, audience::Audience, event_type},
     policy::batching::BatchPolicy,
     queue::{Arrival, MAX_GROUP, NewEvent, Queue, embedded::EmbeddedQueue},
     supervisor::signal::{self, Stops},
@@ -44,6 +44,9 @@ pub(super) struct Args {
     /// input
     #[arg(default_value = "-", value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// The tenant of the events, where [queue] tenant is a header
+    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    tenant: Option<Tenant>,
 }
 
 #[derive(Default)]
@@ -79,29 +82,41 @@ pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
             unusable.join("; ")
         )));
     }
+    if args.tenant.is_some() {
+        let why = match &config.queue.embedded.tenant {
+            Some(TenantPlace::Header(_)) => None,
+            Some(TenantPlace::Pointer(pointer)) => {
+                Some(format!("[queue] tenant is each event's own `{}`", visible(pointer.as_str())))
+            }
+            None => Some("[queue] tenant is not set, so that events have none".to_owned()),
+        };
+        if let Some(why) = why {
+            return Err(Failed::Usage(format!("{why}; nothing was published: leave --tenant out")));
+        }
+    }
     match &config.queue.backend {
-        Backend::Amqp(amqp) => publish(reach(amqp).await?, config, &args.files).await,
+        Backend::Amqp(amqp) => publish(reach(amqp).await?, config, args).await,
         Backend::Embedded => {
-            publish(EmbeddedQueue::for_publishing(&config.queue.embedded)?, config, &args.files)
-                .await
+            publish(EmbeddedQueue::for_publishing(&config.queue.embedded)?, config, args).await
         }
     }
 }
 
-async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Result<(), Failed> {
+async fn publish(queue: impl Queue, config: &Config, args: Args) -> Result<(), Failed> {
     let stops = signal::stop()?;
     let mut tally = Tally::default();
     tokio::select! {
         ready = queue.ensure(&config.subscribers) => ready?,
         () = stops.times(1) => return Err(Failed::Runtime("interrupted: nothing was published".to_owned())),
     }
-    let wanted = matcher(&config.subscribers);
+    let wanted = audience(&config.subscribers);
     let (groups, read) = mpsc::channel(1);
-    let files = files.to_vec();
+    let place = config.queue.embedded.tenant.clone();
+    let Args { files, tenant } = args;
     // The thread may wait for input indefinitely; it ends with the process.
     std::thread::Builder::new()
         .name("hooktrail-input".to_owned())
-        .spawn(move || Input::new(groups).files(&files))?;
+        .spawn(move || Input { place, tenant, ..Input::new(groups) }.files(&files))?;
     let published = tokio::select! {
         published = take(&queue, &wanted, read, &stops, &mut tally) => Some(published),
         () = stops.times(2) => None,
@@ -135,7 +150,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
 /// returns their last line.
 async fn take(
     queue: &impl Queue,
-    wanted: &Matcher,
+    wanted: &Audience,
     mut read: mpsc::Receiver<Result<Group, String>>,
     stops: &Stops,
     tally: &mut Tally,
@@ -194,11 +209,15 @@ fn unusable(file: &Path) -> std::io::Result<()> {
 struct Input {
     groups: mpsc::Sender<Result<Group, String>>,
     group: Group,
+    /// Where the tenant of an event is.
+    place: Option<TenantPlace>,
+    /// That of all events.
+    tenant: Option<Tenant>,
 }
 
 impl Input {
     fn new(groups: mpsc::Sender<Result<Group, String>>) -> Self {
-        Self { groups, group: Group::default() }
+        Self { groups, group: Group::default(), place: None, tenant: None }
     }
 
     /// Reads all files, until the receiver of the groups is dropped.
@@ -320,11 +339,14 @@ impl Input {
 
     fn add(&mut self, event_type: String, body: Bytes) {
         self.group.bytes += body.len();
+        let place = self.place.as_ref();
+        let tenant = place.and_then(|place| place.tenant(self.tenant.as_ref(), &body));
         self.group.events.push(NewEvent {
             event_type,
             message_id: Some(clock::event_id()),
             body,
             traceparent: None,
+            tenant,
         });
     }
 
@@ -395,12 +417,15 @@ fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io
 }
 
 async fn flush(
-    wanted: &Matcher,
+    wanted: &Audience,
     queue: &impl Queue,
     group: Vec<NewEvent>,
     tally: &mut Tally,
 ) -> Result<(), Failed> {
-    let types: Vec<String> = group.iter().map(|e| e.event_type.clone()).collect();
+    let matches =
+        |e: &NewEvent| wanted.matches(e.tenant.as_ref().map(Tenant::as_str), &e.event_type);
+    let types: Vec<(String, bool)> =
+        group.iter().map(|e| (e.event_type.clone(), matches(e))).collect();
     let count = group.len();
     let published = queue.publish(group).await.map_err(|e| {
         Failed::Runtime(format!(
@@ -408,8 +433,8 @@ async fn flush(
             counted(tally.stored, "event(s) (was|were)")
         ))
     })?;
-    for (event_type, published) in types.into_iter().zip(published) {
-        match published.arrival(wanted.matches(&event_type)) {
+    for ((event_type, is_wanted), published) in types.into_iter().zip(published) {
+        match published.arrival(is_wanted) {
             Arrival::Refused => tally.refused += 1,
             Arrival::Unbound => *tally.unbound.entry(event_type).or_default() += 1,
             Arrival::Stored => tally.stored += 1,

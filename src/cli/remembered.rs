@@ -1,9 +1,6 @@
 //! What history answers to a command: over the running daemon, or from the files of the store.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use serde::de::DeserializeOwned;
 use url::form_urlencoded;
@@ -18,8 +15,7 @@ use crate::{
     admin::view::{Delivery, DeliveryList, EventList, EventWhere},
     clock,
     config::{Backend, Config, StoreConfig},
-    delivery::{PauseStates, SubscriberName},
-    event::Pattern,
+    delivery::PauseStates,
     history::whereabouts::{self, LanesOf},
     page::{Cursor, List},
     queue::embedded::EmbeddedQueue,
@@ -102,8 +98,8 @@ impl<'c> Remembered<'c> {
             Self::Files { store, queue, config } => {
                 let found = store.event(EventNumber(number)).await.map_err(away)?;
                 let Some(event) = found else { return Ok(None) };
-                let configured: BTreeMap<SubscriberName, Vec<Pattern>> =
-                    config.subscribers.iter().map(|s| (s.name.clone(), s.events.clone())).collect();
+                let all = config.subscribers.iter();
+                let configured = all.map(|s| (s.name.clone(), s.interest())).collect();
                 let pauses = match queue {
                     Some(queue) => queue.recorded_pauses().await.unwrap_or_default(),
                     None => PauseStates::default(),
@@ -173,10 +169,11 @@ fn away(e: StoreError) -> Failed {
 }
 
 fn event_query(filter: &EventFilter, limit: usize, cursor: Option<&str>) -> Parameters {
-    let EventFilter { event_type, actor, resource, id, text, since, until, by } = filter;
+    let EventFilter { event_type, actor, resource, tenant, id, text, since, until, by } = filter;
     let mut query = page_query(limit, cursor, *since, *until);
     let texts = [("actor", actor), ("resource", resource), ("id", id), ("text", text)];
     query.extend(event_type.iter().map(|pattern| ("type", pattern.as_str().to_owned())));
+    query.extend(tenant.iter().map(|tenant| ("tenant", tenant.to_string())));
     query.extend(texts.into_iter().filter_map(|(key, text)| Some((key, text.clone()?))));
     if *by == By::EventTime {
         query.push(("by", "event-time".to_owned()));

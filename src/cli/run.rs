@@ -103,7 +103,8 @@ async fn fed(
     metrics: &Metrics,
 ) -> Result<EmbeddedQueue, Failed> {
     let Some(intake) = &config.queue.intake else { return Ok(queue) };
-    let scribe = Scribe::new(intake.as_ref().clone(), metrics.clone());
+    let scribe =
+        Scribe::new(intake.as_ref().clone(), config.queue.embedded.tenant.clone(), metrics.clone());
     scribe.may_start().await.map_err(|e| Failed::Usage(e.to_string()))?;
     tracing::info!(broker = %intake.amqp.url, "events come through a broker");
     Ok(queue.fed_by(Arc::new(scribe)))

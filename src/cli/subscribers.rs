@@ -9,7 +9,7 @@ use serde_json::json;
 
 use self::{keys::Keys, print::version};
 use super::{
-    arguments::Destructive,
+    arguments::{Destructive, tenant},
     complete,
     daemon::{Asked, Change, Daemon, Done, segment},
     failed::Failed,
@@ -23,6 +23,7 @@ use crate::{
     },
     config::managed::{Document, as_file},
     delivery::SubscriberName,
+    event::Tenant,
     wording::counted,
 };
 
@@ -31,6 +32,9 @@ pub(super) enum Command {
     /// List all subscribers: how they are, and the file that has them, or who has changed them over
     /// the API
     List {
+        /// Those of this tenant
+        #[arg(long, value_name = "TENANT", value_parser = tenant)]
+        tenant: Option<Tenant>,
         /// The subscribers as one JSON object
         #[arg(long)]
         json: bool,
@@ -124,8 +128,11 @@ fn name(text: &str) -> Result<SubscriberName, String> {
 pub(super) async fn run(asked: &Asked, command: Command) -> Result<(), Failed> {
     let daemon = Daemon::of(asked)?;
     match command {
-        Command::List { json } => {
-            let all = daemon.get::<Overview>("subscribers").await?.read.subscribers;
+        Command::List { tenant, json } => {
+            let mut all = daemon.get::<Overview>("subscribers").await?.read.subscribers;
+            all.retain(|s| {
+                tenant.is_none() || s.tenant.as_deref() == tenant.as_ref().map(Tenant::as_str)
+            });
             write(&if json { listed(&all) } else { print::table(&all) })
         }
         Command::Show { subscriber, json } => {

@@ -250,7 +250,9 @@ mod tests {
         let tried: Vec<_> = samples.iter().map(|(key, _)| *key).collect();
         let untried: Vec<_> =
             crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
-        assert_eq!(untried, ["name", "tls"], "a name is another subscriber, and `tls` needs files");
+        let why =
+            "a name is another subscriber, `tls` needs files, and `tenant` where events have one";
+        assert_eq!(untried, ["name", "tenant", "tls"], "{why}");
         assert!(
             keys("paused = false").is_empty(),
             "what is written out and means the same is no change"

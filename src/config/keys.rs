@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     crypto::secret::SecretUrl,
+    event::TenantPlace,
     policy::{batching::BatchPolicy, retry::MAX_DELAY},
     wording::size,
 };
@@ -178,6 +179,32 @@ pub(super) static QUEUE: &[Key] = &[
         |c| match &through(c)?.bind[..] {
             [] => None,
             bind => list(bind.iter().map(|p| quoted(p.as_str()))),
+        },
+    ),
+    global(
+        "queue.tenant",
+        "With url = \"embedded\": where the tenant of an event is, for subscribers that get the events of one tenant alone.",
+        Shape::Table(TENANT),
+        Refused,
+        |a, b| a.queue.embedded.tenant != b.queue.embedded.tenant,
+        |c| {
+            let (key, value) = match c.queue.embedded.tenant.as_ref()? {
+                TenantPlace::Header(name) => ("header", name.as_str()),
+                TenantPlace::Pointer(pointer) => ("pointer", pointer.as_str()),
+            };
+            Some(format!("{{ {key} = {} }}", quoted(value)))
+        },
+    ),
+    global(
+        "queue.tenants",
+        "With `tenant`: \"required\" makes a subscriber without a tenant, who would get the events of all, an error.",
+        Shape::Word(&["optional", "required"]),
+        Used,
+        differs!(queue.embedded.tenants_required),
+        |c| {
+            let word_of = |required| if required { "required" } else { "optional" };
+            c.queue.embedded.tenant.as_ref()?;
+            word(word_of(c.queue.embedded.tenants_required))
         },
     ),
     global(
@@ -572,6 +599,14 @@ pub static SUBSCRIBER: &[Key] = &[
         |s| list(s.events.iter().map(|pattern| quoted(pattern.as_str()))),
     ),
     subscriber(
+        "tenant",
+        "The tenant whose events it gets, and no others; left out: the events of all. A name keeps its tenant: another is another subscriber.",
+        Shape::Text,
+        &[Bindings],
+        differs!(tenant),
+        |s| word(s.tenant.as_ref()?.as_str()),
+    ),
+    subscriber(
         "format",
         "The request body: {\"events\":[…]}, or one event a line.",
         Shape::Word(&["json", "jsonl"]),
@@ -689,6 +724,7 @@ pub(super) static MANAGED: &[Key] = &[
     read("description", "A text for people.", Shape::Text),
     read("url", "The URL of the requests.", Shape::Text).required(),
     read("events", "Patterns, as of [[subscriber]].", Shape::List(&Shape::Text)),
+    read("tenant", "The tenant whose events it gets; it cannot be changed.", Shape::Text),
     read("format", "The request body, as of [[subscriber]].", Shape::Word(&["json", "jsonl"])),
     read("secrets", "The secrets themselves, the current one first.", Shape::List(&Shape::Text)),
     read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
@@ -722,6 +758,19 @@ pub(super) static BASIC: &[Key] = &[
     read("auth.basic.username", "The user, without `:`.", Shape::Text).required(),
     read("auth.basic.password", "The password; \"file:PATH\" reads a file.", Shape::Text)
         .required(),
+];
+
+pub(super) static TENANT: &[Key] = &[
+    read(
+        "queue.tenant.header",
+        "The header of an AMQP message that has the tenant; over HTTP it is always x-hooktrail-tenant.",
+        Shape::Text,
+    ),
+    read(
+        "queue.tenant.pointer",
+        "The place in the event, as a JSON Pointer (RFC 6901) such as \"/account_id\": a text or an integer.",
+        Shape::Text,
+    ),
 ];
 
 pub(super) static TLS: &[Key] = &[
@@ -834,7 +883,7 @@ mod tests {
             "http.concurrency",
         ];
         assert_eq!(affecting(Session), session);
-        assert_eq!(affecting(Bindings), ["events"]);
+        assert_eq!(affecting(Bindings), ["events", "tenant"]);
         assert!(fields().all(|(path, field)| path == "name" || !field.affects.is_empty()));
     }
 
@@ -847,6 +896,7 @@ mod tests {
             origin: _,
             url: _,
             events: _,
+            tenant: _,
             format: _,
             secrets: _,
             signer: _,
@@ -879,7 +929,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 12 of its own, 3, 8, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 12 + 3 + 8 + 7 + 3);
+        // 13 of its own, 3, 8, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 13 + 3 + 8 + 7 + 3);
     }
 }

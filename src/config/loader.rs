@@ -10,6 +10,7 @@ mod preset;
 mod queue;
 mod signing;
 mod start_from;
+mod tenant;
 mod tokens;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
@@ -18,6 +19,7 @@ use self::preset::MAILTRAP;
 pub(super) use self::{
     daemon::{admin, log},
     origins::origins,
+    tenant::Tenants,
 };
 use super::{
     document::{Layers, Section, Source, Value},
@@ -45,6 +47,7 @@ pub(super) struct Defaults<'d> {
     pub(super) mailtrap: Section<'d>,
     /// Why nothing of history can be sent to new subscribers, with the remedy.
     pub(super) no_replay: Option<&'static str>,
+    pub(super) tenants: Tenants,
 }
 
 /// The source of the only preset.
@@ -78,6 +81,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
             store.as_ref().map(|(url, _)| *url),
             history,
         ),
+        tenants: Tenants::of(queue.as_ref()),
     };
     // A wrong default is reported even if no subscriber uses it.
     let alone = |base: &Option<_>| Layers { own: None, preset: None, base: base.clone() };
@@ -221,6 +225,7 @@ pub(super) fn of_section<'d>(
             "is empty, so no event would match; leave `events` out for all events, or name some",
         ),
     };
+    let tenant = tenant::tenant(reader, section, defaults.tenants);
     let format = reader
         .one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
     let headers =
@@ -247,6 +252,7 @@ pub(super) fn of_section<'d>(
         origin: if section.source.is_request { Origin::Api } else { file },
         url: url?,
         events: events?,
+        tenant: tenant?,
         format: format?,
         secrets,
         signer,

@@ -16,7 +16,7 @@ use super::{
     document::{Problem, Section, Source, Value},
     keys::{self, Key},
     listing::subscriber_as_toml,
-    loader::{self, Defaults},
+    loader::{self, Defaults, Tenants},
     reader::Reader,
     settings::Config,
     subscriber::Subscriber,
@@ -62,6 +62,7 @@ fn check_with(
         mailtrap: reader.root(&preset, &preset_document, keys::SUBSCRIBER),
         // They have no `start_from`.
         no_replay: None,
+        tenants: Tenants::of(Some(&config.queue)),
     };
     documents.iter().map(|document| one(document, &defaults, now, env)).collect()
 }

@@ -11,7 +11,7 @@ use crate::{
         seal::SealKey,
         secret::{Secret, SecretUrl},
     },
-    event::Pattern,
+    event::{Pattern, TenantPlace},
 };
 
 /// The commented default configuration, every key in it.
@@ -103,6 +103,10 @@ pub struct EmbeddedConfig {
     pub retention: Duration,
     /// What history needs of its events; `None` if there is none.
     pub history: Option<HistoryConfig>,
+    /// Where the tenant of an event is; `None` where events have none.
+    pub tenant: Option<TenantPlace>,
+    /// Whether each subscriber must have a tenant.
+    pub tenants_required: bool,
 }
 
 /// The keys of `[queue]` for RabbitMQ.

@@ -18,7 +18,11 @@ use crate::{
         tls::TlsPolicy,
     },
     delivery::SubscriberName,
-    event::{Pattern, matcher::Matcher, payload::Format},
+    event::{
+        Pattern, Tenant,
+        audience::{Audience, Interest},
+        payload::Format,
+    },
     policy::{
         address::AddressPolicy, answer::Success, batching::BatchPolicy,
         circuit_breaker::BreakerPolicy, retry::RetryPolicy,
@@ -30,9 +34,12 @@ use crate::{
 pub type Subscribers = Arc<[Arc<Subscriber>]>;
 
 /// The patterns of subscribers; the owner of a pattern is its subscriber's index.
-pub fn matcher(subscribers: &[Arc<Subscriber>]) -> Matcher {
-    let patterns = (0..).zip(subscribers);
-    Matcher::new(patterns.flat_map(|(index, s)| s.events.iter().map(move |p| (index, p))))
+pub fn audience(subscribers: &[Arc<Subscriber>]) -> Audience {
+    let patterns = |(index, s)| -> (u32, &Arc<Subscriber>) { (index, s) };
+    let all = (0..).zip(subscribers).map(patterns);
+    Audience::new(
+        all.flat_map(|(index, s)| s.events.iter().map(move |p| (index, s.tenant.as_ref(), p))),
+    )
 }
 
 /// The place where a subscriber is configured.
@@ -61,6 +68,11 @@ pub struct HttpPolicy {
 }
 
 impl Subscriber {
+    /// What it is to get.
+    pub fn interest(&self) -> Interest {
+        Interest { patterns: self.events.clone(), tenant: self.tenant.clone() }
+    }
+
     /// Whether one of its patterns matches an event's type.
     pub fn wants(&self, event_type: &str) -> bool {
         self.events.iter().any(|pattern| pattern.matches(event_type))
@@ -141,6 +153,8 @@ pub struct Subscriber {
     pub origin: Origin,
     pub url: SecretUrl,
     pub events: Vec<Pattern>,
+    /// The tenant whose events it gets; `None`: those of all.
+    pub tenant: Option<Tenant>,
     pub format: Format,
     pub secrets: Vec<Secret>,
     pub signer: Signer,

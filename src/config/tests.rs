@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     crypto::signature::Scheme,
-    event::Pattern,
+    event::{Pattern, Tenant},
     policy::{answer::Success, retry::Exhausted},
 };
 
@@ -110,7 +110,9 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
         .skip_while(|l| *l != "# [[subscriber]]")
         .map(|l| l.trim_start_matches("# ").to_owned() + "\n")
         .collect();
-    let with_example = DEFAULT.to_owned() + &example.replace("SIEM_SECRET", "SECRET") + SUBSCRIBER;
+    // Its subscriber has a tenant, for which the queue has to know where that is.
+    let with_tenants = DEFAULT.replacen("# tenant = {", "tenant = {", 1);
+    let with_example = with_tenants + &example.replace("SIEM_SECRET", "SECRET") + SUBSCRIBER;
     let (cert, key) = certificate();
     let dir = dir_with(&[
         ("h.toml", &with_example),
@@ -630,6 +632,36 @@ fn the_queue_is_required_and_never_guessed() {
             "queue.bind[0]: `a*` mixes",
         ),
         (
+            "[queue]\nurl = \"amqp://x\"\ntenant = { pointer = \"/a\" }\n",
+            "h.toml:3:10: queue.tenant: is for url = \"embedded\": RabbitMQ's queues know no tenant",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\ntenant = { pointer = \"a\" }\n",
+            "h.toml:3:22: queue.tenant.pointer: must begin with `/`",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\ntenant = { pointer = \"/a~\" }\n",
+            "queue.tenant.pointer: has a `~` that is neither",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\ntenant = { header = \"\" }\n",
+            "queue.tenant.header: must have 1 to 255 bytes",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\ntenant = { header = \"a\", pointer = \"/a\" }\n",
+            "queue.tenant: must be either { header",
+        ),
+        ("[queue]\nurl = \"embedded\"\ntenant = {}\n", "queue.tenant: must be either { header"),
+        ("[queue]\nurl = \"embedded\"\ntenant = \"/a\"\n", "queue.tenant: must be a table"),
+        (
+            "[queue]\nurl = \"embedded\"\ntenants = \"required\"\n",
+            "h.toml:3:11: queue.tenants: is for `tenant`",
+        ),
+        (
+            "[queue]\nurl = \"embedded\"\ntenant = { header = \"a\" }\ntenants = \"yes\"\n",
+            "queue.tenants: must be \"optional\" or \"required\"",
+        ),
+        (
             "[queue]\nurl = \"amqp://x\"\nmanagement_url = \"u:hunter2@x:15672\"\n",
             "queue.management_url: is not the URL",
         ),
@@ -640,6 +672,30 @@ fn the_queue_is_required_and_never_guessed() {
     ] {
         let found = problems(text);
         assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
+    }
+}
+
+#[test]
+fn a_tenant_of_a_subscriber_needs_a_place_of_tenants_and_can_be_required() {
+    let of = |queue: &str, lines: &str| {
+        load_text(&format!("[queue]\nurl = \"embedded\"\n{queue}{}", testing::table("a", lines)))
+    };
+    let place = "tenant = { pointer = \"/account_id\" }\n";
+    let required = "tenant = { pointer = \"/account_id\" }\ntenants = \"required\"\n";
+    let found = of(required, "tenant = \"acct 1\"").expect("valid");
+    let tenant = found.subscribers[0].tenant.as_ref().map(Tenant::as_str);
+    assert_eq!(tenant, Some("acct 1"));
+    assert_eq!(of(place, "").expect("valid").subscribers[0].tenant, None);
+    let long = format!("tenant = \"{}\"", "x".repeat(256));
+    for (queue, lines, part) in [
+        ("", "tenant = \"a\"", "subscriber[a].tenant: needs [queue] tenant"),
+        (required, "", "subscriber[a].tenant: is required by [queue] tenants = \"required\""),
+        (place, "tenant = \"\"", "subscriber[a].tenant: must have 1 to 255 bytes"),
+        (place, &long, "subscriber[a].tenant: must have 1 to 255 bytes"),
+        (place, "tenant = 7", "subscriber[a].tenant: must be a string"),
+    ] {
+        let wrong = of(queue, lines).expect_err("is wrong");
+        assert!(wrong.len() == 1 && wrong[0].contains(part), "{queue}{lines}: {wrong:?}");
     }
 }
 

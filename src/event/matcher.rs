@@ -26,6 +26,7 @@ pub struct Matcher {
     nodes: Vec<Node>,
     /// The node behind a node and a word that is no wildcard.
     children: HashMap<(u32, u32), u32>,
+    remembers: bool,
     work: Mutex<Work>,
 }
 
@@ -74,6 +75,7 @@ impl Matcher {
             words: HashMap::new(),
             nodes: vec![Node::default()],
             children: HashMap::new(),
+            remembers: true,
             work: Mutex::default(),
         };
         for (owner, pattern) in patterns {
@@ -82,6 +84,12 @@ impl Matcher {
         matcher.work =
             Mutex::new(Work { reached: vec![0; matcher.nodes.len()], ..Work::default() });
         matcher
+    }
+
+    /// The same for one of very many, each of a few patterns: it remembers no answers, which would
+    /// take more memory than they save time.
+    pub fn of_few<'p>(patterns: impl IntoIterator<Item = (u32, &'p Pattern)>) -> Self {
+        Self { remembers: false, ..Self::new(patterns) }
     }
 
     fn add(&mut self, owner: u32, pattern: &Pattern) {
@@ -135,6 +143,9 @@ impl Matcher {
             return found.clone();
         }
         let found = self.find(event_type, &mut work);
+        if !self.remembers {
+            return found;
+        }
         if work.found.len() >= MAX_TYPES || work.owners + found.len() > MAX_OWNERS {
             work.found.clear();
             work.owners = 0;

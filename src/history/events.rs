@@ -350,9 +350,9 @@ pub(super) async fn record_patterns<S: Store>(
         let (current, since): (Subscribers, SystemTime) =
             (subscribers.borrow_and_update().clone(), clock::now());
         let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
-        let patterns = || current.iter().map(|s| (s.name.clone(), s.events.clone())).collect();
+        let all = || current.iter().map(|s| (s.name.clone(), s.interest())).collect();
         let record = async {
-            while let Err(e) = store.subscribed(patterns(), since).await {
+            while let Err(e) = store.subscribed(all(), since).await {
                 tracing::debug!(error = %e, "the patterns of subscribers are not recorded yet");
                 sleep(backoff.grow()).await;
             }
@@ -411,6 +411,7 @@ mod tests {
             message_id: None,
             body: "{}".into(),
             redelivered: false,
+            tenant: None,
         };
         std::iter::repeat_n(row, number)
     }

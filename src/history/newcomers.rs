@@ -371,6 +371,7 @@ mod tests {
             message_id: None,
             body: r#"{"event":"a"}"#.into(),
             redelivered: false,
+            tenant: None,
         }
     }
 

@@ -169,6 +169,7 @@ fn replay(
             since: wanted.since,
             until: wanted.until,
             patterns: subscriber.events.clone(),
+            tenant: subscriber.tenant.clone(),
             events: wanted.events,
             after: extent.after,
             rate: wanted.rate,
@@ -651,6 +652,7 @@ mod tests {
                     message_id: None,
                     body: format!(r#"{{"event":"{event_type}","n":{n}}}"#).into(),
                     redelivered: false,
+                    tenant: None,
                 }
             };
             self.store.append((0..events).map(event).collect()).await.expect("appends");

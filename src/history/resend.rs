@@ -329,6 +329,7 @@ mod tests {
             message_id: Some(format!("id-{n}")),
             body: body.to_owned().into(),
             redelivered: false,
+            tenant: None,
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use crate::{
     clock,
     delivery::{BatchId, FailureKind, Pause, PauseStates, Print, Reason, SubscriberName},
-    event::Pattern,
+    event::{Pattern, Tenant, audience::Interest},
     queue::{Progress, Queue},
     store::{
         Delivery, DeliveryAttempt, DeliveryState, EventNumber, EventRow, Gap, Reach, Store,
@@ -132,6 +132,8 @@ pub enum Fate {
     /// The subscriber had these patterns then; none if it was not configured.
     NotMatched {
         patterns: Vec<Pattern>,
+        /// It gets the events of this tenant, and the event is of another one, or of none.
+        tenant: Option<Tenant>,
     },
     Unknown {
         why: String,
@@ -189,7 +191,7 @@ impl Fate {
 pub async fn of_event<S: Store>(
     store: &S,
     event: &EventRow,
-    configured: &BTreeMap<SubscriberName, Vec<Pattern>>,
+    configured: &BTreeMap<SubscriberName, Interest>,
     lanes: &impl Lanes,
     now: SystemTime,
 ) -> Result<Vec<Whereabouts>, StoreError> {
@@ -221,8 +223,11 @@ pub async fn of_event<S: Store>(
                 fate = Some(Fate::Unknown { why });
             }
         }
-        if let Wish::Not(patterns) = &wish {
-            fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
+        if let Wish::Not(wants) = &wish {
+            let patterns = wants.as_ref().map(|w| w.patterns.clone()).unwrap_or_default();
+            let tenant = wants.as_ref().and_then(|wants| wants.tenant.clone());
+            let tenant = tenant.filter(|tenant| event.tenant.as_ref() != Some(tenant));
+            fate = Some(fate.unwrap_or(Fate::NotMatched { patterns, tenant }));
         }
         if fate.is_none() && configured {
             let is_matched = matches!(wish, Wish::Matched);
@@ -260,14 +265,15 @@ fn by_subscriber(spans: Vec<Subscription>) -> BTreeMap<SubscriberName, Vec<Subsc
 /// Whether a subscriber was to get an event.
 enum Wish {
     Matched,
-    Not(Vec<Pattern>),
+    /// What it was to get then; `None` if it was not configured.
+    Not(Option<Interest>),
     /// That is not known: why.
     Unclear(String),
 }
 
 /// Decides by the patterns that held at the event's time.
-fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) -> Wish {
-    let is_for = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches(&event.event_type));
+fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Interest>) -> Wish {
+    let is_for = |wants: &Interest| wants.includes(&event.event_type, event.tenant.as_ref());
     let held = |s: &&Subscription, at: SystemTime, blur: Duration| {
         s.from <= at + blur && s.until.is_none_or(|until| until + blur > at)
     };
@@ -275,7 +281,7 @@ fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) 
     let Some(first) = spans.iter().map(|s| s.from).min() else {
         // Configured today, and history has not recorded it: it is off, or was away since.
         return match today {
-            Some(patterns) if is_for(patterns) => Wish::Matched,
+            Some(wants) if is_for(wants) => Wish::Matched,
             _ => Wish::Unclear("its patterns of that time are not recorded".to_owned()),
         };
     };
@@ -284,13 +290,13 @@ fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) 
             let since = clock::rfc3339_seconds(first);
             Wish::Unclear(format!("history knows it from {since} on, and the event is older"))
         } else {
-            Wish::Not(Vec::new())
+            Wish::Not(None)
         };
     }
-    let matched = near.iter().filter(|s| is_for(&s.patterns)).count();
+    let matched = near.iter().filter(|s| is_for(&s.interest)).count();
     let then = near.iter().find(|s| held(s, event.at, Duration::ZERO));
     match (matched, then) {
-        (0, then) => Wish::Not(then.map(|s| s.patterns.clone()).unwrap_or_default()),
+        (0, then) => Wish::Not(then.map(|s| s.interest.clone())),
         (n, Some(_)) if n == near.len() => Wish::Matched,
         _ => Wish::Unclear(
             "its patterns changed within seconds of the event, and one of them does not match"
@@ -536,11 +542,15 @@ mod tests {
         text.split(' ').map(|p| Pattern::try_new(p).expect("a pattern")).collect()
     }
 
+    fn interest(text: &str) -> Interest {
+        Interest { patterns: patterns(text), tenant: None }
+    }
+
     /// A store with the event at 1,000 s, and subscriber `a`, which has wanted everything from 10 s
     /// on.
     struct Fixture {
         store: FakeStore,
-        configured: BTreeMap<SubscriberName, Vec<Pattern>>,
+        configured: BTreeMap<SubscriberName, Interest>,
         paused: Option<Pause>,
         progress: Progress,
         has_batch: Option<bool>,
@@ -571,9 +581,10 @@ mod tests {
                 message_id: None,
                 body: EVENT.into(),
                 redelivered: false,
+                tenant: None,
             };
             store.append(vec![event]).await.expect("appends");
-            let configured = BTreeMap::from([("a".into(), patterns("#"))]);
+            let configured = BTreeMap::from([("a".into(), interest("#"))]);
             let (paused, progress, has_batch, now) = (None, Progress::Unknown, None, at(1500));
             let fixture = Self { store, configured, paused, progress, has_batch, now };
             fixture.subscribed("#", 10).await;
@@ -581,7 +592,7 @@ mod tests {
         }
 
         async fn subscribed(&self, text: &str, seconds: u64) {
-            let all = vec![("a".into(), patterns(text))];
+            let all = vec![("a".into(), interest(text))];
             self.store.subscribed(all, at(seconds)).await.expect("records");
         }
 
@@ -664,7 +675,7 @@ mod tests {
     async fn many_subscribers_are_asked_for_together_and_each_has_its_own_answer() {
         let mut f = Fixture::new().await;
         let name = |n: u64| SubscriberName::from(&*format!("s-{n:03}"));
-        let wanted = |n: u64| patterns(if n.is_multiple_of(3) { "report.#" } else { "#" });
+        let wanted = |n: u64| interest(if n.is_multiple_of(3) { "report.#" } else { "#" });
         f.configured = (0..300).map(|n| (name(n), wanted(n))).collect();
         let all = f.configured.clone().into_iter().collect();
         f.store.subscribed(all, at(20)).await.expect("records");
@@ -700,7 +711,7 @@ mod tests {
                 (0, _) => Fate::Delivered { at: at(1002), last: last(&format!("m{n}"), 1, 200) },
                 (1, _) => Fate::Delivered { at: at(401), last: last(&format!("m{n}"), 1, 200) },
                 (2, _) => Fate::Unknown { why: why.to_owned() },
-                (_, 0) => Fate::NotMatched { patterns: patterns("report.#") },
+                (_, 0) => Fate::NotMatched { patterns: patterns("report.#"), tenant: None },
                 _ => continue,
             };
             assert_eq!((&one.subscriber, &one.fate), (&name(n), &fate), "{n}");
@@ -767,7 +778,10 @@ mod tests {
         let f = Fixture::new().await;
         f.subscribed("report.#", 500).await;
         f.subscribed("#", 2000).await;
-        assert_eq!(f.fate().await, Fate::NotMatched { patterns: patterns("report.#") });
+        assert_eq!(
+            f.fate().await,
+            Fate::NotMatched { patterns: patterns("report.#"), tenant: None }
+        );
         f.record("m1", 3000, vec![started(1), ended(1, 500), Change::Retrying { due: at(9000) }])
             .await;
         assert_eq!(f.fate().await, Fate::Retrying { due: at(9000), last: last("m1", 1, 500) });
@@ -835,7 +849,7 @@ mod tests {
     async fn patterns_of_the_events_time_decide_whether_it_was_wanted() {
         let f = Fixture::new().await;
         f.subscribed("report.#", 500).await;
-        let not = Fate::NotMatched { patterns: patterns("report.#") };
+        let not = Fate::NotMatched { patterns: patterns("report.#"), tenant: None };
         assert_eq!(f.fate().await, not);
         assert!(not.is_settled());
         f.subscribed("#", 1003).await;
@@ -846,7 +860,11 @@ mod tests {
         assert_eq!(why, "history knows it from 1970-01-01T00:33:20Z on, and the event is older");
         f.store.memory().subscriptions[0].from = at(1);
         f.store.memory().subscriptions[0].until = Some(at(900));
-        assert_eq!(f.fate().await, Fate::NotMatched { patterns: Vec::new() }, "it was removed");
+        assert_eq!(
+            f.fate().await,
+            Fate::NotMatched { patterns: Vec::new(), tenant: None },
+            "it was removed"
+        );
     }
 
     #[tokio::test]

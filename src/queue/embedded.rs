@@ -49,7 +49,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 pub use self::{
@@ -74,7 +74,7 @@ use self::{
 use crate::{
     config::{EmbeddedConfig, HistoryConfig, Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, Pause, PauseState, PauseStates, SubscriberName},
-    event::Pattern,
+    event::{Pattern, Tenant},
     policy::retry::Backoff,
     queue::{
         Begin, Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, Progress, Published, Queue,
@@ -274,13 +274,15 @@ impl EmbeddedQueue {
         subscribers: &[Arc<Subscriber>],
         only_missing: bool,
     ) -> Result<(), QueueError> {
-        let wanted: Vec<(SubscriberName, String)> =
-            subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
+        let wanted: Vec<Wanted> = subscribers.iter().map(|s| Wanted::of(s)).collect();
         let removals = (!only_missing).then(|| self.0.removals.clone());
-        let changes =
+        let Synced { changes, refused } =
             self.store().write(move |db| sync_segments(db, &wanted, removals.as_ref())).await?;
         for change in changes {
             tracing::warn!("{change}");
+        }
+        for why in refused {
+            tracing::error!("{why}");
         }
         Ok(())
     }
@@ -432,7 +434,7 @@ impl Queue for EmbeddedQueue {
         subscriber: &Subscriber,
         window: Window,
     ) -> Result<(Source, Settler), QueueError> {
-        let (source, settler) = consumer::open(self, &subscriber.name, window).await?;
+        let (source, settler) = consumer::open(self, subscriber, window).await?;
         self.lanes().insert(subscriber.name.clone(), settler.lane());
         Ok((source, settler))
     }
@@ -709,25 +711,54 @@ fn newest(db: &Connection) -> rusqlite::Result<i64> {
     Ok(seq.unwrap_or(0))
 }
 
-/// Returns the changes, for the log. Without `removals` only missing segments are added.
+/// What a configured subscriber is to get.
+struct Wanted {
+    name: SubscriberName,
+    tenant: Option<Tenant>,
+    patterns: String,
+}
+
+impl Wanted {
+    fn of(subscriber: &Subscriber) -> Self {
+        Self {
+            name: subscriber.name.clone(),
+            tenant: subscriber.tenant.clone(),
+            patterns: patterns_text(&subscriber.events),
+        }
+    }
+}
+
+/// What has changed of the segments, for the log.
+#[derive(Default)]
+struct Synced {
+    changes: Vec<String>,
+    /// Subscribers whose segments stay as they are, and why.
+    refused: Vec<String>,
+}
+
+/// Without `removals` only missing segments are added.
 fn sync_segments(
     db: &Connection,
-    wanted: &[(SubscriberName, String)],
+    wanted: &[Wanted],
     removals: Option<&Removals>,
-) -> rusqlite::Result<Vec<String>> {
+) -> rusqlite::Result<Synced> {
     let newest = newest(db)?;
-    let open: Vec<(i64, SubscriberName, String)> = db
+    let open: BTreeMap<SubscriberName, (i64, String)> = db
         .prepare("SELECT id, subscriber, patterns FROM segment WHERE upto IS NULL")?
-        .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?
+        .query_map([], |r| Ok((r.get(1)?, (r.get(0)?, r.get(2)?))))?
         .collect::<rusqlite::Result<_>>()?;
-    let mut changes = Vec::new();
-    for (name, patterns) in wanted {
-        let old = open.iter().find(|(_, n, _)| n == name);
+    let mut synced = Synced::default();
+    for Wanted { name, tenant, patterns } in wanted {
+        let old = open.get(name);
+        if let Err(recorded) = keep_tenant(db, name, tenant.as_ref(), old.is_some())? {
+            synced.refused.push(other_tenant(name, recorded.as_ref(), tenant.as_ref()));
+            continue;
+        }
         match old {
-            Some((_, _, old)) if old == patterns || removals.is_none() => continue,
-            Some((id, _, old)) => {
+            Some((_, old)) if old == patterns || removals.is_none() => continue,
+            Some((id, old)) => {
                 end_segment(db, *id, name, &parse_patterns(old), newest)?;
-                changes.push(format!(
+                synced.changes.push(format!(
                     "subscriber `{name}`: its patterns have changed, for events from now on"
                 ));
             }
@@ -739,17 +770,60 @@ fn sync_segments(
         )?;
     }
     if let Some(removals) = removals {
-        let wanted: BTreeSet<SubscriberName> =
-            wanted.iter().map(|(name, _)| name.clone()).collect();
-        removals.judge(&open.iter().map(|(_, name, _)| name.clone()).collect(), &wanted);
-        for (id, name, patterns) in
-            open.iter().filter(|(_, name, _)| !wanted.contains(name) && removals.may_unbind(name))
-        {
+        let wanted: BTreeSet<SubscriberName> = wanted.iter().map(|w| w.name.clone()).collect();
+        removals.judge(&open.keys().cloned().collect(), &wanted);
+        let gone = |name: &SubscriberName| !wanted.contains(name) && removals.may_unbind(name);
+        for (name, (id, patterns)) in open.iter().filter(|(name, _)| gone(name)) {
             end_segment(db, *id, name, &parse_patterns(patterns), newest)?;
-            changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
+            synced.changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
         }
     }
-    Ok(changes)
+    Ok(synced)
+}
+
+/// Records the tenant of a subscriber.
+///
+/// # Errors
+/// It has another one, and something is left of that: that one.
+fn keep_tenant(
+    db: &Connection,
+    subscriber: &SubscriberName,
+    tenant: Option<&Tenant>,
+    is_bound: bool,
+) -> rusqlite::Result<Result<(), Option<Tenant>>> {
+    let recorded = tenant_of(db, subscriber)?;
+    if recorded.as_ref() == tenant {
+        return Ok(Ok(()));
+    }
+    if is_bound || !backlog::is_empty(db, subscriber)? {
+        return Ok(Err(recorded));
+    }
+    match tenant {
+        Some(tenant) => db
+            .prepare_cached("INSERT OR REPLACE INTO tenancy (subscriber, tenant) VALUES (?1, ?2)")?
+            .execute(params![subscriber, tenant])?,
+        None => {
+            db.prepare_cached("DELETE FROM tenancy WHERE subscriber = ?1")?.execute([subscriber])?
+        }
+    };
+    Ok(Ok(()))
+}
+
+/// What is wrong with a subscriber whose tenant was another one.
+fn other_tenant(
+    subscriber: &SubscriberName,
+    recorded: Option<&Tenant>,
+    configured: Option<&Tenant>,
+) -> String {
+    let text = |tenant: Option<&Tenant>| {
+        tenant.map_or_else(|| "no tenant".to_owned(), |tenant| format!("the tenant `{tenant}`"))
+    };
+    format!(
+        "subscriber `{subscriber}` is configured with {}, and what the queue has of it is from when it had {}; a name keeps its tenant: \
+         give the subscriber another name, or its old tenant again; nothing of it was changed, and it gets nothing meanwhile",
+        text(configured),
+        text(recorded)
+    )
 }
 
 /// Shortens a segment to its undelivered events: others must not be kept for it.
@@ -760,9 +834,11 @@ fn end_segment(
     patterns: &[Pattern],
     newest: i64,
 ) -> rusqlite::Result<()> {
+    let tenant = tenant_of(db, subscriber)?;
+    let filter = Filter { subscriber, tenant: tenant.as_ref(), patterns };
     let after: i64 = db.query_row("SELECT after FROM segment WHERE id = ?1", [id], |r| r.get(0))?;
     let mut first = None;
-    each_waiting(db, subscriber, patterns, after, newest, |seq| {
+    each_waiting(db, &filter, after, newest, |seq| {
         first = Some(seq);
         false
     })?;
@@ -779,25 +855,22 @@ fn end_segment(
 /// Calls `found` with the number of each undelivered event of a segment, until that returns false.
 fn each_waiting(
     db: &Connection,
-    subscriber: &str,
-    patterns: &[Pattern],
+    filter: &Filter<'_>,
     after: i64,
     upto: i64,
     mut found: impl FnMut(i64) -> bool,
 ) -> rusqlite::Result<()> {
-    let ahead = consumer::ahead(db, subscriber)?;
-    let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
-    )?;
-    let mut rows = query.query(params![after, upto])?;
+    let ahead = consumer::ahead(db, filter.subscriber)?;
+    let columns = "SELECT seq, type, only_for, tenant FROM event WHERE seq > ?1 AND seq <= ?2";
+    let of_tenant = filter.tenant.map_or("", |_| " AND tenant = ?3");
+    let mut query = db.prepare_cached(&format!("{columns}{of_tenant} ORDER BY seq"))?;
+    let mut rows = match filter.tenant {
+        Some(tenant) => query.query(params![after, upto, tenant])?,
+        None => query.query(params![after, upto])?,
+    };
     while let Some(row) = rows.next()? {
         let seq = row.get(0)?;
-        let waits = is_for(
-            subscriber,
-            patterns,
-            row.get_ref(1)?.as_str()?,
-            row.get_ref(2)?.as_str_or_null()?,
-        );
+        let waits = filter.wants(&Addressed::read(row)?);
         if waits && !ahead.iter().any(|run| run.contains(&seq)) && !found(seq) {
             break;
         }
@@ -812,20 +885,28 @@ fn progress(
     event: i64,
 ) -> rusqlite::Result<Vec<Progress>> {
     let row = db
-        .prepare_cached("SELECT type, only_for FROM event WHERE seq = ?1")?
-        .query_row([event], |r| Ok((r.get::<_, String>(0)?, r.get::<_, Option<String>>(1)?)))
+        .prepare_cached("SELECT type, only_for, tenant FROM event WHERE seq = ?1")?
+        .query_row([event], |r| Ok((r.get::<_, String>(0)?, r.get(1)?, r.get(2)?)))
         .optional()?;
-    let Some((event_type, only_for)) = row else {
+    let Some((event_type, only_for, tenant)) = row else {
         return Ok(vec![Progress::Passed; subscribers.len()]);
+    };
+    let (only_for, tenant): (Option<String>, Option<String>) = (only_for, tenant);
+    let addressed = Addressed {
+        event_type: &event_type,
+        only_for: only_for.as_deref(),
+        tenant: tenant.as_deref(),
     };
     let mut segments = db.prepare_cached(
         "SELECT patterns FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2",
     )?;
     let mut of_one = |name: &SubscriberName| {
         let mut rows = segments.query(params![name, event])?;
+        let tenant = tenant_of(db, name)?;
         while let Some(row) = rows.next()? {
             let patterns = parse_patterns(row.get_ref(0)?.as_str()?);
-            if is_for(name, &patterns, &event_type, only_for.as_deref()) {
+            let filter = Filter { subscriber: name, tenant: tenant.as_ref(), patterns: &patterns };
+            if filter.wants(&addressed) {
                 let is_settled = consumer::ahead(db, name)?.iter().any(|run| run.contains(&event));
                 return Ok(if is_settled { Progress::Passed } else { Progress::Waits });
             }
@@ -835,14 +916,57 @@ fn progress(
     subscribers.iter().map(&mut of_one).collect()
 }
 
-fn is_for(
-    subscriber: &str,
-    patterns: &[Pattern],
-    event_type: &str,
-    only_for: Option<&str>,
-) -> bool {
-    only_for
-        .map_or_else(|| patterns.iter().any(|p| p.matches(event_type)), |only| only == subscriber)
+/// What decides whom an event is for.
+#[derive(Debug, Clone, Copy)]
+struct Addressed<'e> {
+    event_type: &'e str,
+    /// The only subscriber that it is for.
+    only_for: Option<&'e str>,
+    tenant: Option<&'e str>,
+}
+
+impl<'e> Addressed<'e> {
+    /// Reads a row whose columns from the second on are `type, only_for, tenant`.
+    fn read(row: &'e Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            event_type: row.get_ref(1)?.as_str()?,
+            only_for: row.get_ref(2)?.as_str_or_null()?,
+            tenant: row.get_ref(3)?.as_str_or_null()?,
+        })
+    }
+
+    /// Whether a subscriber of this tenant may get it; without one it gets those of all.
+    fn is_of(&self, tenant: Option<&Tenant>) -> bool {
+        tenant.is_none_or(|tenant| self.tenant == Some(tenant.as_str()))
+    }
+
+    fn matches(&self, patterns: &[Pattern]) -> bool {
+        patterns.iter().any(|pattern| pattern.matches(self.event_type))
+    }
+}
+
+/// What a segment takes of the log.
+#[derive(Debug, Clone, Copy)]
+struct Filter<'s> {
+    subscriber: &'s str,
+    tenant: Option<&'s Tenant>,
+    patterns: &'s [Pattern],
+}
+
+impl Filter<'_> {
+    fn wants(&self, event: &Addressed<'_>) -> bool {
+        match event.only_for {
+            Some(only) => only == self.subscriber,
+            None => event.is_of(self.tenant) && event.matches(self.patterns),
+        }
+    }
+}
+
+/// The tenant of a subscriber, as it was recorded.
+fn tenant_of(db: &Connection, subscriber: &str) -> rusqlite::Result<Option<Tenant>> {
+    db.prepare_cached("SELECT tenant FROM tenancy WHERE subscriber = ?1")?
+        .query_row([subscriber], |r| r.get(0))
+        .optional()
 }
 
 #[cfg(test)]
@@ -859,7 +983,13 @@ mod tests {
     pub(super) const WINDOW: Window = Window { events: 1000, envelopes: 10 };
 
     pub(super) fn config(dir: &tempfile::TempDir, retention: Duration) -> EmbeddedConfig {
-        EmbeddedConfig { data_dir: dir.path().to_owned(), retention, history: None }
+        EmbeddedConfig {
+            data_dir: dir.path().to_owned(),
+            retention,
+            history: None,
+            tenant: None,
+            tenants_required: false,
+        }
     }
 
     pub(super) fn subscribers(of: &[(&str, &str)]) -> Subscribers {
@@ -879,6 +1009,7 @@ mod tests {
             message_id: None,
             body: format!("{{\"event\":\"{event_type}\"}}").into(),
             traceparent: None,
+            tenant: None,
         };
         queue.publish(vec![event; count]).await.expect("publishes")
     }
@@ -923,6 +1054,149 @@ mod tests {
             .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0)))
             .await
             .expect("counts")
+    }
+
+    /// Subscribers of all events, each with its tenant; empty: none.
+    fn of_tenants(of: &[(&str, &str)]) -> Subscribers {
+        let names: Vec<(&str, &str)> = of.iter().map(|(name, _)| (*name, "#")).collect();
+        let with_tenant = |(s, (_, tenant)): (&Arc<Subscriber>, &(&str, &str))| {
+            Arc::new(Subscriber { tenant: Tenant::try_new(tenant), ..Subscriber::clone(s) })
+        };
+        subscribers(&names).iter().zip(of).map(with_tenant).collect()
+    }
+
+    async fn publish_of(queue: &EmbeddedQueue, tenants: &[&str]) -> Vec<Published> {
+        let event = |tenant: &&str| NewEvent {
+            event_type: "x".to_owned(),
+            message_id: Some(clock::event_id()),
+            body: "{\"event\":\"x\"}".into(),
+            traceparent: None,
+            tenant: Tenant::try_new(tenant),
+        };
+        queue.publish(tenants.iter().map(event).collect()).await.expect("publishes")
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_of_a_tenant_finds_its_events_without_those_of_others_on_its_way() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let all = of_tenants(&[("a", "A"), ("b", "B"), ("all", "")]);
+        let (queue, _stop) = head::tests::running(&dir, &all);
+        queue.0.head.holds_at_most(0);
+        queue.prepare(&all).await.expect("prepares");
+        // One of A's in each 1,000, more than one query reads.
+        let mut expected: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+        for part in 0..4 {
+            let mut tenants = vec!["B"; 999];
+            tenants.insert(500, "A");
+            publish_of(&queue, &tenants).await;
+            expected.entry("A").or_default().push(part * 1000 + 501);
+        }
+        assert_eq!(publish_of(&queue, &["a", "", "A "]).await, [Published::Stored; 3]);
+        let (mut source, settler) = queue.open(&all[0], WINDOW).await.expect("opens");
+        let mut seen = Vec::new();
+        while seen.len() < 4 {
+            let receipts = head::tests::take(&mut source).await;
+            seen.extend(receipts.iter().map(|r| r.tag));
+            head::tests::settle(&settler, receipts).await;
+        }
+        assert_eq!(seen, expected["A"]);
+        assert_eq!(take(&mut source).await, [], "of no other tenant, and of none");
+        assert_eq!(queue.0.head.passes(), 0, "nothing was read for it that is not its own");
+        publish_of(&queue, &["B", "A"]).await;
+        let receipts = head::tests::take(&mut source).await;
+        assert_eq!(receipts.iter().map(|r| r.tag).collect::<Vec<_>>(), [4005], "of the ring");
+        let depths = queue.depths(&all).await.expect("counts");
+        let events = |name: &str| depths.subscribers[name].events;
+        assert_eq!((events("a"), events("b"), events("all")), (0, 3997, 4005));
+    }
+
+    #[tokio::test]
+    async fn only_the_subscribers_of_its_tenant_and_of_all_get_an_event() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let all = of_tenants(&[("a", "A"), ("b", "B")]);
+        queue.prepare(&all).await.expect("prepares");
+        use Published::{Stored, Unmatched};
+        let published = publish_of(&queue, &["A", "B", "C", "", "a"]).await;
+        assert_eq!(published, [Stored, Stored, Unmatched, Unmatched, Unmatched]);
+        for (subscriber, tag) in all.iter().zip([1, 2]) {
+            let (mut source, _settler) = queue.open(subscriber, WINDOW).await.expect("opens");
+            let tags: Vec<u64> = take(&mut source).await.iter().map(|r| r.tag).collect();
+            assert_eq!(tags, [tag], "{}", subscriber.name);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_keeps_its_tenant_until_nothing_is_left_of_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let with = |tenant: &str| of_tenants(&[("a", tenant), ("other", "")]);
+        let events = async |n: u64| {
+            let depths = queue.depths(&with("")).await.expect("counts");
+            assert_eq!(depths.subscribers["a"].events, n);
+        };
+        queue.prepare(&with("A")).await.expect("prepares");
+        publish_of(&queue, &["A", "B"]).await;
+        for another in ["B", ""] {
+            let others = with(another);
+            queue.prepare(&others).await.expect("others go on");
+            let refused = queue.open(&others[0], WINDOW).await.expect_err("is another's");
+            assert!(refused.is_for_operator(), "{refused}");
+            assert!(refused.to_string().contains("the tenant `A`"), "{refused}");
+            publish_of(&queue, &["B"]).await;
+            events(1).await;
+        }
+        // Removed, and its backlog is still there.
+        let none = of_tenants(&[("other", "")]);
+        configure(&queue, &none);
+        queue.prepare(&none).await.expect("prepares");
+        configure(&queue, &with("B"));
+        queue.prepare(&with("B")).await.expect("prepares");
+        queue.open(&with("B")[0], WINDOW).await.expect_err("is still another's");
+        publish_of(&queue, &["B"]).await;
+        events(1).await;
+        configure(&queue, &none);
+        queue.prepare(&none).await.expect("prepares");
+        queue.prune(&"a".into(), true).await.expect("prunes");
+        configure(&queue, &with("B"));
+        queue.prepare(&with("B")).await.expect("prepares");
+        publish_of(&queue, &["A", "B", "B"]).await;
+        events(2).await;
+        queue.open(&with("B")[0], WINDOW).await.expect("opens");
+    }
+
+    #[tokio::test]
+    async fn a_dead_event_of_a_tenants_subscriber_comes_back_to_it_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let all = of_tenants(&[("a", "A"), ("a2", "A"), ("all", "")]);
+        queue.prepare(&all).await.expect("prepares");
+        publish_of(&queue, &["A"]).await;
+        let (mut source, settler) = queue.open(&all[0], WINDOW).await.expect("opens");
+        let receipts = take(&mut source).await;
+        let letter = DeadLetter::of_event(
+            "{\"event\":\"x\"}".into(),
+            None,
+            None,
+            Reason::InvalidEvent,
+            String::new(),
+            clock::now(),
+        );
+        settler.settle(receipts, Settlement::Dead(vec![letter])).await.expect("settles");
+        let mut walk = queue.dead_letters("a").await.expect("opens");
+        let held = walk.next().await.expect("reads").expect("has one");
+        walk.replay(vec![held]).await.expect("replays");
+        walk.close().await.expect("closes");
+        let tags: Vec<u64> = take(&mut source).await.iter().map(|r| r.tag).collect();
+        assert_eq!(tags, [2]);
+        for other in &all[1..] {
+            let (mut source, _settler) = queue.open(other, WINDOW).await.expect("opens");
+            let tags: Vec<u64> = take(&mut source).await.iter().map(|r| r.tag).collect();
+            assert_eq!(tags, [1], "{}", other.name);
+        }
     }
 
     #[tokio::test]
@@ -1198,6 +1472,7 @@ mod tests {
                 message_id: None,
                 body: vec![b'x'; mib << 20].into(),
                 traceparent: None,
+                tenant: None,
             };
             for _ in 0..count {
                 queue.publish(vec![event.clone()]).await.expect("publishes");

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     crypto::secret::Secret,
     delivery::{Print, SubscriberName},
-    event::{Pattern, details::Details},
+    event::{audience::Interest, details::Details},
 };
 
 /// Clones share it.
@@ -142,6 +142,7 @@ fn row(number: EventNumber, new: NewRow) -> EventRow {
         sha256: Sha256::digest(&new.body).into(),
         details: Details::of(&new.body),
         body: Some(new.body),
+        tenant: new.tenant,
     }
 }
 
@@ -153,6 +154,7 @@ fn selects(filter: &EventFilter, event: &EventRow) -> bool {
     filter.event_type.as_ref().is_none_or(|p| p.matches(&event.event_type))
         && is_party(&event.details.actor, &filter.actor)
         && is_party(&event.details.resource, &filter.resource)
+        && filter.tenant.as_ref().is_none_or(|t| event.tenant.as_ref() == Some(t))
         && filter.id.as_ref().is_none_or(|id| event.id() == *id)
         && filter.since.is_none_or(|since| event.at >= since)
         && filter.until.is_none_or(|until| event.at < until)
@@ -335,24 +337,24 @@ impl Store for FakeStore {
 
     async fn subscribed(
         &self,
-        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        all: Vec<(SubscriberName, Interest)>,
         now: SystemTime,
     ) -> Result<(), StoreError> {
         let mut memory = self.open()?;
         let is_current = |s: &Subscription| {
-            patterns.iter().any(|(name, p)| *name == s.subscriber && *p == s.patterns)
+            all.iter().any(|(name, interest)| *name == s.subscriber && *interest == s.interest)
         };
         for open in memory.subscriptions.iter_mut().filter(|s| s.until.is_none()) {
             if !is_current(open) {
                 open.until = Some(now);
             }
         }
-        for (subscriber, patterns) in patterns {
+        for (subscriber, interest) in all {
             let is_open = |s: &Subscription| s.until.is_none() && s.subscriber == subscriber;
             if !memory.subscriptions.iter().any(is_open) {
                 memory.subscriptions.push(Subscription {
                     subscriber,
-                    patterns,
+                    interest,
                     from: now,
                     until: None,
                 });

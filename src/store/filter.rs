@@ -6,7 +6,7 @@ use super::{
     row::EventRow,
     words::{self, Wanted},
 };
-use crate::event::{Pattern, details::Party};
+use crate::event::{Pattern, Tenant, details::Party};
 
 /// Selects events. All that is set has to hold.
 #[derive(Debug, Clone, Default)]
@@ -16,6 +16,8 @@ pub struct EventFilter {
     pub actor: Option<String>,
     /// The resource's id or name, exact.
     pub resource: Option<String>,
+    /// Of this tenant.
+    pub tenant: Option<Tenant>,
     /// The message id, or `sha256-…`, exact.
     pub id: Option<String>,
     /// Words that all occur, the last one as the begin of a word. A text without a letter or a digit
@@ -31,9 +33,10 @@ pub struct EventFilter {
 impl EventFilter {
     /// Whether it selects every event.
     pub fn is_all(&self) -> bool {
-        let Self { event_type, actor, resource, id, text, since, until, by: _ } = self;
+        let Self { event_type, actor, resource, tenant, id, text, since, until, by: _ } = self;
         let texts = [actor, resource, id, text];
         event_type.is_none()
+            && tenant.is_none()
             && texts.into_iter().all(Option::is_none)
             && since.is_none()
             && until.is_none()
@@ -41,8 +44,10 @@ impl EventFilter {
 
     /// Whether it selects by nothing but the type and the [time](By::At) of history.
     pub fn is_of_type_and_time(&self) -> bool {
-        let Self { event_type: _, actor, resource, id, text, since: _, until: _, by } = self;
-        [actor, resource, id, text].into_iter().all(Option::is_none) && *by == By::At
+        let Self { event_type: _, actor, resource, tenant, id, text, since: _, until: _, by } =
+            self;
+        let texts = [actor, resource, id, text];
+        texts.into_iter().all(Option::is_none) && tenant.is_none() && *by == By::At
     }
 
     /// Whether it selects an event. An implementation may find events by an index, but no others
@@ -53,6 +58,7 @@ impl EventFilter {
             wanted => party.id == *wanted || party.name == *wanted,
         };
         self.event_type.as_ref().is_none_or(|pattern| pattern.matches(&row.event_type))
+            && self.tenant.as_ref().is_none_or(|tenant| row.tenant.as_ref() == Some(tenant))
             && self.id.as_ref().is_none_or(|id| row.has_id(id))
             && party(&self.actor, &row.details.actor)
             && party(&self.resource, &row.details.resource)

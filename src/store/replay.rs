@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::{delivery::DeliveryState, row::EventNumber};
 use crate::{
     delivery::{BatchId, SubscriberName},
-    event::{Pattern, payload::Format},
+    event::{Pattern, Tenant, payload::Format},
 };
 
 /// The most operations that are kept: the latest.
@@ -137,6 +137,8 @@ pub struct ReplayOrder {
     pub until: Option<SystemTime>,
     /// The subscriber's patterns when the replay was made.
     pub patterns: Vec<Pattern>,
+    /// The subscriber's tenant; `None`: it gets the events of all.
+    pub tenant: Option<Tenant>,
     /// Of these events those whose type matches it too.
     pub events: Option<Pattern>,
     /// The rows begin after this one.
@@ -365,6 +367,7 @@ pub(crate) mod tests {
             id: id.to_owned(),
             subscriber: subscriber.into(),
             order: ReplayOrder {
+                tenant: None,
                 by: "ops".to_owned(),
                 since: at - Duration::from_secs(3600),
                 until: None,

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt, time::SystemTime};
 
 use bytes::Bytes;
 
-use crate::{delivery::SubscriberName, event::Pattern};
+use crate::{
+    delivery::SubscriberName,
+    event::{Tenant, audience::Interest},
+};
 
 /// The number of an event in history. Numbers grow; a message id is an attribute that several
 /// events may share.
@@ -29,6 +32,7 @@ pub struct NewRow {
     pub body: Bytes,
     /// The queue delivered it once before, or more often.
     pub redelivered: bool,
+    pub tenant: Option<Tenant>,
 }
 
 /// An event of history.
@@ -45,6 +49,8 @@ pub struct EventRow {
     /// The SHA-256 of the published bytes.
     pub sha256: [u8; 32],
     pub details: crate::event::details::Details,
+    /// Known of events that the embedded queue has.
+    pub tenant: Option<Tenant>,
 }
 
 impl EventRow {
@@ -158,7 +164,7 @@ pub struct Reach {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub subscriber: SubscriberName,
-    pub patterns: Vec<Pattern>,
+    pub interest: Interest,
     pub from: SystemTime,
     /// `None` if they hold today.
     pub until: Option<SystemTime>,

@@ -62,7 +62,7 @@ use crate::{
     clock,
     crypto::secret::Secret,
     delivery::{Print, SubscriberName},
-    event::Pattern,
+    event::audience::Interest,
     sqlite::Database,
 };
 
@@ -412,10 +412,10 @@ impl Store for SqliteStore {
 
     async fn subscribed(
         &self,
-        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        all: Vec<(SubscriberName, Interest)>,
         now: SystemTime,
     ) -> Result<(), StoreError> {
-        self.change(move |db| around::subscribed(db, &patterns, millis(now))).await
+        self.change(move |db| around::subscribed(db, &all, millis(now))).await
     }
 
     async fn subscriptions(&self) -> Result<Vec<Subscription>, StoreError> {

@@ -101,6 +101,7 @@ pub(crate) fn any_filter() -> impl Strategy<Value = EventFilter> {
                     }
             };
             EventFilter {
+                tenant: None,
                 event_type: pattern.map(|p| Pattern::try_new(p).expect("a pattern")),
                 actor: actor.map(str::to_owned),
                 resource: resource.map(str::to_owned),
@@ -128,6 +129,7 @@ pub(crate) fn new_row((event, message_id, age): &(Value, Option<String>, u64)) -
         message_id: message_id.clone(),
         body: event.to_string().into(),
         redelivered: false,
+        tenant: None,
     }
 }
 

@@ -348,6 +348,14 @@ impl Reloader {
 
     fn compare(&self, new: &Config) -> Result<Changes, Unchanged> {
         let changed = self.config().changes_to(new);
+        let of_others = changed.iter().flat_map(|changes| &changes.changes);
+        if let Some(change) = of_others.into_iter().find(|c| c.keys.contains(&"tenant")) {
+            return Err(Unchanged::Wrong(format!(
+                "subscriber `{}` has another `tenant`: a name keeps its tenant, since what waits for it is of that; give the subscriber another name; \
+                 nothing of the new configuration is in use",
+                change.subscriber
+            )));
+        }
         changed.map_err(|keys| {
             Unchanged::Wrong(format!(
                 "{}: the {} changed, which needs a restart: events are waiting in the queues of the previous configuration; nothing of the new one is in use",

@@ -104,6 +104,7 @@ impl Load<'_> {
                         message_id: None,
                         body: body.into(),
                         traceparent: None,
+                        tenant: None,
                     };
                     let events = group.into_iter().map(event).collect();
                     queue.publish(events).await.unwrap_or_else(|e| panic!("{e}"));

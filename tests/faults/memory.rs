@@ -146,6 +146,7 @@ async fn publish(queue: &Queue, events: impl Iterator<Item = u64>) {
                     message_id: Some(id_of(*n)),
                     body: Bytes::from(body_of(*n)),
                     traceparent: None,
+                    tenant: None,
                 };
                 let published = embedded.open().publish(group.iter().map(event).collect()).await;
                 published.unwrap_or_else(|e| panic!("{e}"));

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::support::receiver::Request;
+use crate::{subscribers::tenant_of, support::receiver::Request};
 
 /// The events of a producer, as it knows them.
 #[derive(Debug, Default, Clone)]
@@ -23,6 +23,8 @@ pub(crate) struct Ledger {
     /// By subscriber: what was published while its binding was taken away, and may have passed it
     /// by.
     pub(crate) not_for: BTreeMap<String, BTreeSet<u64>>,
+    /// By subscriber: the tenant whose events alone it gets.
+    pub(crate) tenants: BTreeMap<String, u64>,
     /// The groups in which events were published: the first and the last, from when until when.
     pub(crate) groups: Vec<(RangeInclusive<u64>, SystemTime, SystemTime)>,
 }
@@ -49,10 +51,17 @@ impl Ledger {
     /// The events that a subscriber must have got.
     pub(crate) fn is_for(&self, subscriber: &str) -> impl Iterator<Item = u64> {
         let passed_by = self.not_for.get(subscriber);
+        let tenant = self.tenants.get(subscriber);
         self.confirmed
             .iter()
             .copied()
+            .filter(move |n| tenant.is_none_or(|tenant| *tenant == tenant_of(*n)))
             .filter(move |n| passed_by.is_none_or(|those| !those.contains(n)))
+    }
+
+    /// Whether an event is of another tenant than that of a subscriber.
+    fn is_of_another(&self, subscriber: &str, n: u64) -> bool {
+        self.tenants.get(subscriber).is_some_and(|tenant| *tenant != tenant_of(n))
     }
 }
 
@@ -234,8 +243,8 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
     let published = |n: &u64| {
         [&ledger.confirmed, &ledger.unknown, &ledger.unmatched].iter().any(|some| some.contains(n))
     };
-    verdict.strangers =
-        by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
+    let is_stranger = |n: &u64| !published(n) || ledger.is_of_another(&seen.name, *n);
+    verdict.strangers = by_event.keys().chain(&seen.dead).copied().filter(is_stranger).collect();
     for (n, requests) in &by_event {
         // An ack or a confirm for it can have been outstanding when something was done, whatever
         // came of the request.
@@ -442,6 +451,17 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
     assert_eq!(saw(&[request(10, "a", &[1])], &[]).lost, [2]);
     assert_eq!(saw(&[request(10, "a", &[1, 2, 4])], &[]).strangers, [4]);
     assert_eq!(saw(&[request(10, "a", &[1, 2]), request(11, "a", &[1])], &[]).changed, ["a"]);
+    // 2 is of another tenant than 1 is, and 4 is of that of 1.
+    let tenants = BTreeMap::from([("busy".to_owned(), tenant_of(1))]);
+    let of_one = Ledger { confirmed: BTreeSet::from([1, 2, 4]), tenants, ..Ledger::default() };
+    let of_a_tenant = |numbers: &[u64]| {
+        let requests = vec![request(10, "a", numbers)];
+        let seen = Seen { name: "busy".to_owned(), requests, ..Seen::default() };
+        judge(&of_one, &seen, &[])
+    };
+    assert!(of_a_tenant(&[1, 4]).is_good());
+    assert_eq!(of_a_tenant(&[1]).lost, [4]);
+    assert_eq!(of_a_tenant(&[1, 2, 4]).strangers, [2]);
     // Halves of a batch, or all of it, under its id or what is made of it.
     assert!(
         saw(&[request(10, "a", &[1, 2]), request(11, "a_0", &[1]), request(12, "a", &[1, 2])], &[])

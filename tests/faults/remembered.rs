@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use crate::{
     oracle::{Disturbance, Ledger, Seen, UNACKED, accepted},
-    support::receiver::event,
+    subscribers::event,
 };
 
 /// The time that one page may take to be read.

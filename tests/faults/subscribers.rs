@@ -12,9 +12,21 @@ use crate::{
     proxy::Proxy,
     support::{
         daemon::SECRET,
-        receiver::{Answer, Receiver, Request, status},
+        receiver::{self, Answer, Receiver, Request, status},
     },
 };
+
+/// Where the queue knows tenants: the place of an event's, as a table.
+pub(crate) const TENANT: &str = "{ pointer = \"/actor/id\" }";
+
+/// The tenant of event `n`, one of three.
+pub(crate) fn tenant_of(n: u64) -> u64 {
+    783 + n % 3
+}
+
+pub(crate) fn event(n: u64) -> String {
+    receiver::event(n).replacen("\"id\":783", &format!("\"id\":{}", tenant_of(n)), 1)
+}
 
 /// The behaviour of a receiver.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -150,6 +162,11 @@ impl Kind {
         matches!(self, Self::Steady | Self::Abrupt | Self::Draining)
     }
 
+    /// The tenant whose events alone it gets, where the queue knows tenants.
+    pub(crate) fn tenant(self) -> Option<u64> {
+        matches!(self, Self::Draining | Self::Doomed).then(|| tenant_of(0))
+    }
+
     fn manners(self) -> Option<Manners> {
         match self {
             Self::Abrupt => Some(Manners::Abrupt),
@@ -233,7 +250,7 @@ impl Subscriber {
         mood
     }
 
-    pub(crate) fn table(&self, concurrency: usize, max_events: usize) -> String {
+    pub(crate) fn table(&self, concurrency: usize, max_events: usize, tenants: bool) -> String {
         let (name, port, settings) =
             (self.kind.name(), self.network.port, self.kind.settings(concurrency, max_events));
         let (scheme, tls) = match &self.front {
@@ -242,8 +259,10 @@ impl Subscriber {
             }
             None => ("http", String::new()),
         };
+        let tenant = self.kind.tenant().filter(|_| tenants);
+        let tenant = tenant.map(|tenant| format!("tenant = \"{tenant}\"\n")).unwrap_or_default();
         format!(
-            "{TABLE}\nname = \"{name}\"\nurl = \"{scheme}://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{tls}{settings}\n"
+            "{TABLE}\nname = \"{name}\"\n{tenant}url = \"{scheme}://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{tls}{settings}\n"
         )
     }
 }

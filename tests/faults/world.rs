@@ -1,7 +1,7 @@
 //! Daemons, receivers, a queue and a producer, for one round.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Output,
@@ -14,6 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use hooktrail::{
+    event::Tenant,
     failpoint,
     queue::{MAX_GROUP, NewEvent, Published, Queue as _},
 };
@@ -30,13 +31,12 @@ use crate::{
     environment::Environment,
     oracle::Ledger,
     proxy::Proxy,
-    subscribers::{Kind, Subscriber, TABLE},
+    subscribers::{Kind, Subscriber, TABLE, TENANT, event, tenant_of},
     support::{
         broker::{Broker, Node},
         daemon::{Daemon, Setup},
         eventually, free_port,
         queue::Embedded,
-        receiver::event,
     },
 };
 
@@ -181,7 +181,7 @@ impl World {
 
     fn write_configuration(&self, multiplier: f64, without: Option<Kind>, more: &str) {
         let queue = match (&self.place, &self.network) {
-            (Place::Embedded(_), _) => "url = \"embedded\"\n".to_owned(),
+            (Place::Embedded(_), _) => format!("url = \"embedded\"\ntenant = {TENANT}\n"),
             (Place::Broker { broker, source_queue, .. }, Some(network)) => {
                 let intake = if *source_queue {
                     "source_queue = \"source\"".to_owned()
@@ -194,7 +194,7 @@ impl World {
                 )
             }
             (Place::Intake { broker, .. }, Some(network)) => format!(
-                "url = \"embedded\"\nintake = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\nexchange = \"{}\"\n",
+                "url = \"embedded\"\nintake = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\nexchange = \"{}\"\ntenant = {TENANT}\n",
                 network.port, broker.prefix, broker.exchange
             ),
             (Place::Broker { .. } | Place::Intake { .. }, None) => {
@@ -241,7 +241,9 @@ max_open_for = \"2s\"
     /// The tables of the subscribers.
     fn tables(&self, without: Option<Kind>) -> String {
         let subscribers = self.subscribers.iter().filter(|s| Some(s.kind) != without);
-        subscribers.map(|s| s.table(self.shape.concurrency, self.shape.max_events)).collect()
+        let (concurrency, max_events) = (self.shape.concurrency, self.shape.max_events);
+        let tenants = self.place.embedded().is_some();
+        subscribers.map(|s| s.table(concurrency, max_events, tenants)).collect()
     }
 
     /// The folder that the configuration includes files of.
@@ -524,7 +526,11 @@ max_open_for = \"2s\"
 
     /// Begins to publish, until it is stopped.
     pub(crate) fn producer(&self, first: u64) -> Producer {
-        let ledger = Arc::new(Mutex::new(Ledger::default()));
+        let kinds = self.subscribers.iter().map(|s| s.kind);
+        let tenants = kinds.filter_map(|kind| Some((kind.name(), kind.tenant()?)));
+        let tenants =
+            if self.place.embedded().is_some() { tenants.collect() } else { BTreeMap::new() };
+        let ledger = Arc::new(Mutex::new(Ledger { tenants, ..Ledger::default() }));
         let stop = Arc::new(AtomicBool::new(false));
         let way = match &self.place {
             Place::Broker { broker, source_queue, .. } => {
@@ -688,6 +694,7 @@ impl Publish {
                     message_id: (n % 2 == 0).then(|| format!("event-{n}")),
                     body: Bytes::from(event(*n)),
                     traceparent: None,
+                    tenant: Tenant::try_new(&tenant_of(*n).to_string()),
                 });
                 assert!(group.len() <= MAX_GROUP);
                 let fates = queue.publish(events.collect()).await;

@@ -78,6 +78,7 @@ mod queues {
         mod upkeep;
     }
     mod embedded;
+    mod tenants;
 }
 
 /// The request that a receiver gets, and ways to try it.

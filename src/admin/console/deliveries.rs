@@ -230,7 +230,7 @@ fn events_of(one: &Delivery, events: &[Option<Event>]) -> Markup {
         section.card {
             @if events.len() > lacking {
                 (table("Events of the batch", &[Text("Date"), Text("Actor"), Text("Description"), Text("Resource")], html! {
-                    @for event in events.iter().flatten() { (event_row(event)) }
+                    @for event in events.iter().flatten() { (event_row(event, false)) }
                 }))
             }
             @if lacking > 0 || more > 0 {

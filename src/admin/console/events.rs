@@ -35,13 +35,17 @@ use crate::{
 };
 
 /// The filters of the page: a parameter, its label, and an example.
-const FILTERS: [(&str, &str, &str); 5] = [
+const FILTERS: [(&str, &str, &str); 6] = [
     ("type", "Type", "user.*"),
     ("actor", "Actor", "id, type or name"),
     ("resource", "Resource", "id, type or name"),
+    TENANT,
     ("since", "Since (UTC)", "2026-01-31T12:00"),
     ("until", "Until (UTC)", "2026-01-31T13:00"),
 ];
+
+/// Shown where events have tenants.
+const TENANT: (&str, &str, &str) = ("tenant", "Tenant", "whole, with its case");
 
 fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
     Page { session, place: Place::Events, title: title.to_owned(), refresh: None }
@@ -52,6 +56,7 @@ pub(super) fn list(
     form: &Form,
     found: Result<EventList, Refusal>,
     day: Option<&Day>,
+    tenants: bool,
 ) -> Response {
     let refusal = found.as_ref().err();
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
@@ -63,13 +68,13 @@ pub(super) fn list(
             }
         }
         section.card {
-            (filters(form, &Mistakes(refusal)))
+            (filters(form, &Mistakes(refusal), tenants))
             @match &found {
                 Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
                 Err(_) => {},
                 Ok(list) => {
                     @if let Some(day) = day { (picture(form, day, list)) }
-                    (rows(form, list))
+                    (rows(form, list, tenants))
                 },
             }
         }
@@ -97,8 +102,10 @@ fn exports(form: &Form) -> Markup {
     }
 }
 
-fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
-    const SHOWN: [&str; 6] = ["text", "type", "actor", "resource", "since", "until"];
+fn filters(form: &Form, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
+    let fields = FILTERS.iter().filter(|filter| tenants || **filter != TENANT);
+    let mut shown = vec!["text"];
+    shown.extend(fields.clone().map(|(name, ..)| *name));
     html! {
         form.filters method="get" action=(Place::Events.path()) role="search" {
             div.field.grow {
@@ -111,7 +118,7 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
                 button.first { "Search" }
                 @if form.is_filled() { a.button href=(Place::Events.path()) { "Clear" } }
             }
-            @for (name, label, example) in FILTERS {
+            @for (name, label, example) in fields {
                 div.field {
                     label for=(name) { (label) }
                     input id=(name) name=(name) value=(form.get(name)) placeholder=(example)
@@ -119,8 +126,8 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
                     (mistakes.beside(name))
                 }
             }
-            (mistakes.of_others(&SHOWN))
-            (form.others(&SHOWN))
+            (mistakes.of_others(&shown))
+            (form.others(&shown))
         }
     }
 }
@@ -221,7 +228,11 @@ fn minute(at: SystemTime) -> String {
     exact.get(..16).unwrap_or(&exact).replace('T', " ")
 }
 
-fn rows(form: &Form, list: &EventList) -> Markup {
+fn rows(form: &Form, list: &EventList, tenants: bool) -> Markup {
+    let mut columns = vec![Text("Date"), Text("Actor"), Text("Description"), Text("Resource")];
+    if tenants {
+        columns.push(Text("Tenant"));
+    }
     html! {
         @if list.events.is_empty() {
             div.empty {
@@ -230,8 +241,8 @@ fn rows(form: &Form, list: &EventList) -> Markup {
         } @else {
             (table(
                 "Events",
-                &[Text("Date"), Text("Actor"), Text("Description"), Text("Resource")],
-                html! { @for event in &list.events { (row(event)) } },
+                &columns,
+                html! { @for event in &list.events { (row(event, tenants)) } },
             ))
         }
         div.pager {
@@ -265,7 +276,7 @@ fn hints(form: &Form) -> Markup {
     }
 }
 
-pub(super) fn row(event: &Event) -> Markup {
+pub(super) fn row(event: &Event, tenants: bool) -> Markup {
     let path = path_to(Place::Events.path(), &event.number.to_string());
     html! {
         tr {
@@ -273,8 +284,14 @@ pub(super) fn row(event: &Event) -> Markup {
             td.wide { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
             td.main { (description(event)) }
             td.wide { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
+            @if tenants { td.wide { @if let Some(tenant) = &event.tenant { (of_tenant(tenant)) } } }
         }
     }
+}
+
+/// A tenant, as a link to its events.
+fn of_tenant(tenant: &str) -> Markup {
+    html! { a href=(query(Place::Events.path(), &[("tenant", tenant)])) { (short(tenant)) } }
 }
 
 /// The event in its own words, and its type.
@@ -384,6 +401,7 @@ fn facts(event: &Event) -> Markup {
             dt { "Type" } dd.mono { (text(&event.event)) }
             dt { "Actor" } dd { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
             dt { "Resource" } dd { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
+            @if let Some(tenant) = &event.tenant { dt { "Tenant" } dd { (of_tenant(tenant)) } }
             @if let Some(description) = &event.description { dt { "Description" } dd { (text(description)) } }
             @if let Some(timestamp) = &event.timestamp {
                 dt { "Its own time" }
@@ -420,6 +438,8 @@ fn went_to(one: &Whereabouts) -> Markup {
         [] => "it was not configured then".to_owned(),
         patterns => format!("its patterns: {}", text(&patterns.join(", "))),
     });
+    let tenant =
+        one.tenant.as_ref().map(|tenant| format!("it gets those of the tenant {}", text(tenant)));
     let paused =
         one.subscriber_paused.as_ref().map(|pause| format!("paused: {}", text(&pause.why)));
     html! {
@@ -430,7 +450,7 @@ fn went_to(one: &Whereabouts) -> Markup {
             }
             td.wide {
                 (state(Tone::of_state(&one.state), &one.state))
-                @for more in [reason, patterns, paused].into_iter().flatten() { span.sub { (short(&more)) } }
+                @for more in [reason, tenant, patterns, paused].into_iter().flatten() { span.sub { (short(&more)) } }
             }
             td {
                 @match (one.delivered_at, one.next_attempt_at) {

@@ -40,7 +40,7 @@ const NEW: &str = "/console/replays/new";
 const CHOSEN: [&str; 3] = ["since", "until", "events"];
 
 /// The filters of the Audit Log that a replay lacks.
-const LACKING: [&str; 5] = ["text", "actor", "resource", "id", "by"];
+const LACKING: [&str; 6] = ["text", "actor", "resource", "tenant", "id", "by"];
 
 const COLUMNS: [Column; 7] = [
     Text("Begun"),

@@ -88,7 +88,8 @@ async fn kept_sheet<Q: Queue, S: Store>(
     refusal: Option<Refusal>,
 ) -> Response {
     let preview = Preview::of(console, draft(name, form)).await;
-    Sheet { session, name, form, came: refusal.map(Err), is_kept: true, preview }.answer()
+    let (came, tenants) = (refusal.map(Err), console.control.has_tenants());
+    Sheet { session, name, form, came, is_kept: true, preview, tenants }.answer()
 }
 
 /// The page with a form, and with what came of it.
@@ -100,7 +101,8 @@ async fn sheet<Q: Queue, S: Store>(
     came: Option<Result<Tested, Refusal>>,
 ) -> Response {
     let preview = Preview::of(console, draft(name, form)).await;
-    Sheet { session, name, form, came, is_kept: false, preview }.answer()
+    let tenants = console.control.has_tenants();
+    Sheet { session, name, form, came, is_kept: false, preview, tenants }.answer()
 }
 
 /// The webhook that a form describes.

@@ -15,7 +15,7 @@ use super::{
     entry::{Console, SignedIn, This},
     form::Form,
     overview::state_of,
-    page::{Page, Place, delivery, form_key, number, path_to, query, short, text, time},
+    page::{Mistakes, Page, Place, delivery, form_key, number, path_to, query, short, text, time},
     session::Session,
     table::{
         Column::{self, Number, Text},
@@ -26,9 +26,13 @@ use super::{
 use crate::{
     admin::{
         answer::Refusal,
+        control::Which,
         history::Deliveries,
         query::Name,
-        view::{DeliveryList, Origin, Subscriber, WaitingBatch, WaitingList, words},
+        view::{
+            DeliveryList, Origin, State as SubscriberState, Subscriber, WaitingBatch, WaitingList,
+            words,
+        },
     },
     config::{self, Subscriber as Configured},
     policy::retry::Next,
@@ -37,6 +41,9 @@ use crate::{
     telemetry::status::LastHour,
     wording::{counted, rounded, rounded_size},
 };
+
+/// Rows of a page of webhooks.
+const ROWS: usize = 100;
 
 /// Rows of the last deliveries, and of the batches that wait.
 const SHOWN: usize = 10;
@@ -65,7 +72,13 @@ async fn list<Q: Queue, S: Store>(
     SignedIn(session): SignedIn,
     uri: Uri,
 ) -> Response {
-    let found = console.control.overview().await;
+    let form = Form::of(uri.query().unwrap_or_default());
+    let (which, refusal) = match form.read::<Which>() {
+        Ok(which) => (which, None),
+        Err(refusal) => (Which::default(), Some(refusal)),
+    };
+    let found = console.control.selected(&which.at_most(ROWS)).await;
+    let tenants = console.control.has_tenants();
     let all = console.control.configured();
     let all: HashMap<&str, &Configured> = all.iter().map(|s| (s.name.as_str(), &**s)).collect();
     let manages = console.control.manages();
@@ -78,12 +91,20 @@ async fn list<Q: Queue, S: Store>(
         }
         div id="webhooks" data-live {
             section.card {
-                @if found.subscribers.is_empty() {
-                    div.empty { p { "No subscriber is configured." } }
+                @if form.is_filled() || found.next.is_some() || tenants { (filters(&form, &Mistakes(refusal.as_ref()), tenants)) }
+                @if refusal.is_some() {
+                } @else if found.subscribers.is_empty() {
+                    div.empty { p { @if form.is_filled() { "No webhook fits." } @else { "No subscriber is configured." } } }
                 } @else {
-                    (table("Webhooks", &[Text("Webhook"), Text("State"), Text("Last hour"), Text("Events"), Text("Format")], html! {
-                        @for s in &found.subscribers { (row(&session, s, all.get(s.subscriber.as_str()).copied(), &console.control.last_hour(&s.subscriber))) }
+                    (table("Webhooks", &columns(tenants), html! {
+                        @for s in &found.subscribers { (row(&session, s, all.get(s.subscriber.as_str()).copied(), &console.control.last_hour(&s.subscriber), tenants)) }
                     }))
+                }
+                @if !form.get("after").is_empty() || found.next.is_some() {
+                    div.pager {
+                        @if !form.get("after").is_empty() { a href=(form.clone().without("after").link(Place::Webhooks.path(), None)) { "First" } }
+                        @if let Some(next) = &found.next { a rel="next" href=(form.clone().with("after", next.clone()).link(Place::Webhooks.path(), None)) { "Next" } }
+                    }
                 }
             }
         }
@@ -94,11 +115,55 @@ async fn list<Q: Queue, S: Store>(
     })
 }
 
+fn columns(tenants: bool) -> Vec<Column> {
+    let mut columns = vec![Text("Webhook"), Text("State"), Text("Last hour"), Text("Events")];
+    if tenants {
+        columns.push(Text("Tenant"));
+    }
+    columns.push(Text("Format"));
+    columns
+}
+
+fn filters(form: &Form, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
+    const SHOWN: [&str; 3] = ["tenant", "state", "after"];
+    html! {
+        form.filters method="get" action=(Place::Webhooks.path()) role="search" {
+            @if tenants {
+                div.field {
+                    label for="tenant" { "Tenant" }
+                    input id="tenant" name="tenant" value=(form.get("tenant")) placeholder="whole, with its case"
+                        aria-invalid=[mistakes.is_wrong("tenant")] aria-describedby=[mistakes.described_by("tenant")];
+                    (mistakes.beside("tenant"))
+                }
+            }
+            div.field {
+                label for="state" { "State" }
+                select id="state" name="state" aria-invalid=[mistakes.is_wrong("state")] aria-describedby=[mistakes.described_by("state")] {
+                    option value="" { "any" }
+                    @for name in SubscriberState::NAMES { option value=(name) selected[form.get("state") == name] { (name.replace('_', " ")) } }
+                }
+                (mistakes.beside("state"))
+            }
+            div.deeds {
+                button.first { "Filter" }
+                @if form.is_filled() { a.button href=(Place::Webhooks.path()) { "Clear" } }
+            }
+            (mistakes.of_others(&SHOWN))
+        }
+    }
+}
+
+/// A tenant, as a link to its webhooks.
+fn of_tenant(tenant: &str) -> Markup {
+    html! { a href=(query(Place::Webhooks.path(), &[("tenant", tenant)])) { (short(tenant)) } }
+}
+
 fn row(
     session: &Session,
     s: &Subscriber,
     configured: Option<&Configured>,
     hour: &LastHour,
+    tenants: bool,
 ) -> Markup {
     html! {
         tr {
@@ -109,6 +174,7 @@ fn row(
             td.wide { (state_of(s)) }
             td { (chart::spark(hour)) }
             td.wide.mono { @if let Some(configured) = configured { (patterns(configured)) } }
+            @if tenants { td.wide { @match &s.tenant { Some(tenant) => (of_tenant(tenant)), None => span.muted { "all" } } } }
             td { @if let Some(configured) = configured { (configured.format.name()) } }
         }
     }
@@ -270,6 +336,7 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
             dt { "State" } dd { (state_of(s)) }
             dt { "URL" } dd.mono { (url(session, configured)) }
             dt { "Events" } dd.mono { (patterns(configured)) }
+            @if let Some(tenant) = &s.tenant { dt { "Tenant" } dd { (of_tenant(tenant)) } }
             @if let Some(lane) = &s.lane {
                 @if let Some(backlog) = lane.backlog { dt { "Backlog" } dd { (counted(backlog + lane.in_hand, "event(s)")) } }
                 @if let Some(age) = lane.oldest_event_age_s { dt { "Oldest undelivered" } dd { (words::seconds(age)) " old" } }

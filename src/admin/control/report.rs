@@ -1,19 +1,23 @@
 //! What is reported of subscribers: their state, their configuration, and where it comes from.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+
+use serde_json::Value;
 
 use super::Control;
 use crate::{
     admin::{
         answer::Refusal,
         guard::Caller,
+        query::{FromQuery, Parameters, tenant},
         view::{
             self, Circuit, Lane, LastError, Overview, Paused, QueueState, Removed, State, Time,
         },
     },
     clock,
-    config::{self, Subscriber},
+    config::{self, Subscriber, managed::Document},
     delivery::{Depth, PauseState},
+    event::Tenant,
     queue::Queue,
     store::Store,
     supervisor::managed::Managed,
@@ -22,6 +26,9 @@ use crate::{
         status::{self, Polled, View},
     },
 };
+
+/// The most subscribers that a query may ask for at once; without a limit it is all of them.
+const MAX_SELECTED: usize = 10_000;
 
 impl<Q: Queue, S: Store> Control<Q, S> {
     pub(in crate::admin) async fn overview(&self) -> Overview {
@@ -51,8 +58,16 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             },
             history: Some(history),
             subscribers,
+            next: None,
             removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
         }
+    }
+
+    /// The same with some of the subscribers alone.
+    pub(in crate::admin) async fn selected(&self, which: &Which) -> Overview {
+        let mut found = self.overview().await;
+        which.select(&mut found);
+        found
     }
 
     /// The subscribers that were made over the API, and do not run.
@@ -65,6 +80,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 subscriber: name.to_string(),
                 state: State::Inactive,
                 origin: Some(view::Origin::of_store(&entry.kept)),
+                tenant: entry.document.as_ref().and_then(tenant_of),
                 why: Some(why),
                 lane: None,
             })
@@ -144,6 +160,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),
             origin: view::Origin::of_file(&subscriber.origin)
                 .or_else(|| managed.get(name).map(|entry| view::Origin::of_store(&entry.kept))),
+            tenant: subscriber.tenant.as_ref().map(Tenant::to_string),
             why: None,
             lane: view.map(|view| lane(view, depth, counted_per_subscriber)),
         }
@@ -167,6 +184,62 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let keys = config::subscriber_values(configured).map(|(key, _)| key);
         Some(keys.filter(|key| is_there(key)).map(|key| (key, origin.to_string())).collect())
     }
+}
+
+/// Selects subscribers. All that is set has to hold.
+#[derive(Debug, Default)]
+pub(in crate::admin) struct Which {
+    tenant: Option<Tenant>,
+    /// The name of a state.
+    state: Option<String>,
+    /// Those whose names come after this one, in the order of their names.
+    after: Option<String>,
+    limit: Option<usize>,
+}
+
+impl FromQuery for Which {
+    fn from_query(given: &mut Parameters) -> Self {
+        let state = |text: &str| {
+            let is_known = State::NAMES.contains(&text);
+            let wrong = || format!("must be one of {}", State::NAMES.join(", "));
+            is_known.then(|| text.to_owned()).ok_or_else(wrong)
+        };
+        Self {
+            tenant: given.take("tenant", tenant),
+            state: given.take("state", state),
+            after: given.take("after", |text| Ok::<_, Infallible>(text.to_owned())),
+            limit: given.number("limit", 1..=MAX_SELECTED),
+        }
+    }
+}
+
+impl Which {
+    /// The same, with this limit where it has none.
+    pub(in crate::admin) fn at_most(self, limit: usize) -> Self {
+        Self { limit: self.limit.or(Some(limit)), ..self }
+    }
+
+    fn select(&self, found: &mut Overview) {
+        let Self { tenant, state, after, limit } = self;
+        let all = &mut found.subscribers;
+        all.retain(|s| {
+            tenant.as_ref().is_none_or(|tenant| s.tenant.as_deref() == Some(tenant.as_str()))
+                && state.as_ref().is_none_or(|state| s.state.name() == state)
+                && after.as_ref().is_none_or(|after| s.subscriber > *after)
+        });
+        if after.is_some() || limit.is_some() {
+            all.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
+        }
+        if let Some(limit) = limit.filter(|limit| all.len() > *limit) {
+            all.truncate(limit);
+            found.next = all.last().map(|s| s.subscriber.clone());
+        }
+    }
+}
+
+/// The tenant in a document.
+fn tenant_of(document: &Document) -> Option<String> {
+    document.get("tenant").and_then(Value::as_str).map(str::to_owned)
 }
 
 pub(super) fn paused(view: &View) -> Option<Paused> {

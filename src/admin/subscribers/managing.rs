@@ -472,6 +472,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             let version = is_expected(&entry, expected.as_ref())?;
             let document = new(&entry)?;
             let document = unchanged_name(document, &entry)?;
+            has_its_tenant(&document, &entry)?;
             editing.check(&document).map_err(not_valid)?;
             takes_nothing_along(&document, &given, &entry)?;
             let name = entry.kept.name().clone();
@@ -813,6 +814,16 @@ fn change(Stored { subscriber, is_bound, problem }: Stored) -> SubscriberChange 
         overlap_until: None,
         why: problem,
     }
+}
+
+/// A name keeps its tenant: what waits for it is of that.
+fn has_its_tenant(document: &Document, entry: &Entry) -> Result<(), Refusal> {
+    let Some(before) = &entry.document else { return Ok(()) };
+    if document.get("tenant") == before.get("tenant") {
+        return Ok(());
+    }
+    let why = "cannot be changed: what waits for the subscriber is of the tenant that it has; make another subscriber";
+    Err(Refusal::field("tenant", why))
 }
 
 fn not_valid(wrong: Vec<Wrong>) -> Refusal {

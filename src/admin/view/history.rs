@@ -9,7 +9,7 @@ use super::{Paused, Time};
 use crate::{
     csv,
     delivery::FailureKind,
-    event::details,
+    event::{Tenant, details},
     history::whereabouts::{self, Fate, Last},
     page::{Cursor, List},
     store::{self, DeliveryState, Page},
@@ -58,6 +58,9 @@ pub struct Event {
     pub resource: Party,
     pub description: Option<String>,
     pub bytes: u64,
+    /// Absent of an event without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
 }
 
 impl Event {
@@ -74,11 +77,12 @@ impl Event {
             resource: resource.into(),
             description,
             bytes: row.bytes,
+            tenant: row.tenant.as_ref().map(Tenant::to_string),
         }
     }
 
     /// The columns of an event as comma-separated values.
-    pub const COLUMNS: [&str; 13] = [
+    pub const COLUMNS: [&str; 14] = [
         "number",
         "at",
         "event",
@@ -92,6 +96,7 @@ impl Event {
         "resource_name",
         "description",
         "bytes",
+        "tenant",
     ];
 
     /// The event as a line of comma-separated values.
@@ -114,6 +119,7 @@ impl Event {
             text(&resource.name),
             text(&self.description),
             bytes,
+            text(&self.tenant),
         ];
         csv::line(cells)
     }
@@ -270,6 +276,9 @@ pub struct Whereabouts {
     /// The patterns that did not match; empty if the subscriber was not configured then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patterns: Option<Vec<String>>,
+    /// The tenant whose events alone the subscriber gets, if the event is not of that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Why nothing is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
@@ -292,6 +301,7 @@ impl Whereabouts {
             reason: None,
             subscriber_paused: None,
             patterns: None,
+            tenant: None,
             why: None,
             batches: of.deliveries.iter().map(ToString::to_string).collect(),
         };
@@ -310,7 +320,8 @@ impl Whereabouts {
                 view.last(last);
             }
             Fate::Waiting { paused } => view.subscriber_paused = paused.clone().map(Paused::from),
-            Fate::NotMatched { patterns } => {
+            Fate::NotMatched { patterns, tenant } => {
+                view.tenant = tenant.as_ref().map(Tenant::to_string);
                 view.patterns = Some(patterns.iter().map(|p| p.as_str().to_owned()).collect());
             }
             Fate::Unknown { why } => view.why = Some(why.clone()),

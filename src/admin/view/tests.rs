@@ -61,6 +61,7 @@ fn lane() -> Lane {
 fn subscriber(lane: Option<Lane>) -> Subscriber {
     let is_full = lane.is_some();
     Subscriber {
+        tenant: is_full.then(text),
         subscriber: text(),
         state: State::Starting,
         origin: is_full.then(of_file),
@@ -106,6 +107,7 @@ fn subscriber_removal() -> SubscriberRemoval {
 fn overview(lane: Option<Lane>) -> Overview {
     let held = HeldRemovals { subscribers: [text()].into(), why: text() };
     Overview {
+        next: lane.is_some().then(text),
         version: text(),
         phase: "running".to_owned(),
         config: Configuration { file: text(), problem: Some(text()), held: Some(held) },
@@ -257,7 +259,7 @@ fn reloaded() -> Reloaded {
     Reloaded { changes: changes(), not_bound: [text()].into() }
 }
 
-fn history_event() -> Event {
+fn history_event(full: bool) -> Event {
     let party = || Party { id: Some(text()), kind: Some(text()), name: Some(text()) };
     Event {
         number: 1,
@@ -270,6 +272,7 @@ fn history_event() -> Event {
         resource: party(),
         description: Some(text()),
         bytes: 1,
+        tenant: full.then(text),
     }
 }
 
@@ -287,7 +290,7 @@ fn reach() -> Reach {
 
 fn event_list(more: bool) -> EventList {
     EventList {
-        events: vec![history_event()],
+        events: vec![history_event(more)],
         next: more.then(text),
         searched_back_to: more.then(time),
         history: reach(),
@@ -308,6 +311,7 @@ fn whereabouts(full: bool) -> Whereabouts {
         reason: full.then(text),
         subscriber_paused: full.then(paused),
         patterns: full.then(|| vec![text()]),
+        tenant: full.then(text),
         why: full.then(text),
         batches: vec![text()],
     }
@@ -315,7 +319,7 @@ fn whereabouts(full: bool) -> Whereabouts {
 
 fn event_where(full: bool) -> EventWhere {
     EventWhere {
-        event: history_event(),
+        event: history_event(full),
         body: Some(text()),
         body_base64: full.then(text),
         went: vec![whereabouts(full)],

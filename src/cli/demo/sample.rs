@@ -16,6 +16,7 @@ fn new_event(event_type: &str, id: usize, body: &Value) -> NewEvent {
         message_id: Some(demo_id(id)),
         body: body.to_string().into(),
         traceparent: None,
+        tenant: None,
     }
 }
 

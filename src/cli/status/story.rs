@@ -262,6 +262,7 @@ mod tests {
         assert_eq!(
             story(
                 &Subscriber {
+                    tenant: None,
                     subscriber: "a".to_owned(),
                     state: State::Ok,
                     origin: None,

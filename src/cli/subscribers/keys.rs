@@ -9,10 +9,10 @@ use serde_json::{Map, Value, json};
 use url::Url;
 
 use crate::{
-    cli::{failed::Failed, text::visible},
+    cli::{arguments::tenant, failed::Failed, text::visible},
     config::managed::Document,
     crypto::secret::SecretUrl,
-    event::Pattern,
+    event::{Pattern, Tenant},
 };
 
 /// The most bytes of a file with keys, a URL or a secret.
@@ -37,6 +37,9 @@ pub(in crate::cli) struct Keys {
     /// The events that it gets; give it once for each pattern
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
     events: Vec<Pattern>,
+    /// The tenant whose events it gets, and no others; only for a new one
+    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    tenant: Option<Tenant>,
     /// What a request's body is: `json`, or `jsonl`
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
@@ -74,6 +77,9 @@ impl Keys {
         }
         if !self.events.is_empty() {
             set("events", self.events.iter().map(Pattern::as_str).collect());
+        }
+        if let Some(tenant) = &self.tenant {
+            set("tenant", json!(tenant.as_str()));
         }
         if let Some(format) = &self.format {
             set("format", json!(format));

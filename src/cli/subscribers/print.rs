@@ -23,10 +23,18 @@ pub(super) fn table(subscribers: &[Subscriber]) -> String {
             None => (String::new(), String::new()),
             Some(origin) => (place(origin), version(origin).unwrap_or_default().to_owned()),
         };
-        [visible(&s.subscriber), visible(s.state.name()), made, visible(&version)]
+        let tenant = s.tenant.as_deref().map(visible).unwrap_or_default();
+        [visible(&s.subscriber), visible(s.state.name()), made, visible(&version), tenant]
     };
     let rows: Vec<_> = subscribers.iter().map(row).collect();
-    let mut out = lines(&["SUBSCRIBER", "STATE", "FROM", "VERSION"], &rows, None);
+    let has_tenants = subscribers.iter().any(|s| s.tenant.is_some());
+    let mut out = if has_tenants {
+        lines(&["SUBSCRIBER", "STATE", "FROM", "VERSION", "TENANT"], &rows, None)
+    } else {
+        let without = |[name, state, made, version, _]: [String; 5]| [name, state, made, version];
+        let rows: Vec<_> = rows.into_iter().map(without).collect();
+        lines(&["SUBSCRIBER", "STATE", "FROM", "VERSION"], &rows, None)
+    };
     for (s, why) in subscribers.iter().filter_map(|s| Some((s, s.why.as_ref()?))) {
         out.push_str(&format!("\n`{}` does not run: {}\n", visible(&s.subscriber), visible(why)));
     }

@@ -13,7 +13,7 @@ use crate::{
         spelling::nearness,
     },
     crypto::secret::SecretUrl,
-    event::Pattern,
+    event::{Pattern, Pointer, TenantPlace},
 };
 
 const MISSING: &str = "is required: \"embedded\", or the URL of a RabbitMQ, such as \"amqp://user:password@127.0.0.1:5672/%2f\"";
@@ -41,7 +41,15 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
         Some(value) => through(reader, &value, &url).map(Some),
     };
     let bind = bind(reader, &section, &intake);
-    let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention?, history: None };
+    let tenant = tenant(reader, &section, &url);
+    let tenants_required = tenants_required(reader, &section);
+    let embedded = EmbeddedConfig {
+        data_dir: data_dir?,
+        retention: retention?,
+        history: None,
+        tenant: tenant?,
+        tenants_required: tenants_required?,
+    };
     let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
     let (url, through, bind) = (url?, through?, bind?);
     // Known once all tables are read.
@@ -75,6 +83,56 @@ fn through(
         return None;
     }
     Some(url)
+}
+
+/// Where the tenant of an event is.
+fn tenant(
+    reader: &Reader<'_>,
+    section: &Section<'_>,
+    queue: &Option<Option<SecretUrl>>,
+) -> Option<Option<TenantPlace>> {
+    let Some(value) = section.get("tenant") else { return Some(None) };
+    let table = reader.section(&value, keys::TENANT)?;
+    let place = match (table.get("header"), table.get("pointer")) {
+        (Some(header), None) => {
+            let name = reader.string(&header)?;
+            // A longer one is no key of an AMQP table.
+            let ok = (1..=255).contains(&name.len());
+            if !ok {
+                reader.report(&header, "must have 1 to 255 bytes, the name of an AMQP header");
+            }
+            ok.then_some(TenantPlace::Header(name))
+        }
+        (None, Some(pointer)) => match Pointer::try_new(&reader.string(&pointer)?) {
+            Ok(pointer) => Some(TenantPlace::Pointer(pointer)),
+            Err(why) => {
+                reader.report(&pointer, format!("{why}; it is a JSON Pointer (RFC 6901)"));
+                None
+            }
+        },
+        (Some(_), Some(_)) | (None, None) => {
+            reader.report(&value, "must be either { header = \"…\" } or { pointer = \"/…\" }");
+            None
+        }
+    };
+    if matches!(queue, Some(Some(_))) {
+        reader.report(&value, "is for url = \"embedded\": RabbitMQ's queues know no tenant; set `url` to \"embedded\" and `intake` to this RabbitMQ, or remove `tenant`");
+        return None;
+    }
+    place.map(Some)
+}
+
+/// Whether each subscriber must have a tenant.
+fn tenants_required(reader: &Reader<'_>, section: &Section<'_>) -> Option<bool> {
+    let value = section.get("tenants");
+    let words = [("optional", false), ("required", true)];
+    if let Some(value) = &value
+        && section.get("tenant").is_none()
+    {
+        reader.report(value, "is for `tenant`, which says where the tenant of an event is; set that, or remove `tenants`");
+        return None;
+    }
+    reader.one_of(value, &words)
 }
 
 /// The patterns that the intake queue is bound with.

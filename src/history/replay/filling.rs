@@ -119,6 +119,7 @@ impl Filling {
 pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
     row.at >= order.since
         && order.until.is_none_or(|until| row.at < until)
+        && (order.tenant.is_none() || order.tenant == row.tenant)
         && order.patterns.iter().any(|pattern| pattern.matches(&row.event_type))
         && order.events.as_ref().is_none_or(|pattern| pattern.matches(&row.event_type))
 }
@@ -189,6 +190,7 @@ mod tests {
             since: AT,
             until: None,
             patterns: vec![Pattern::try_new("user.*").expect("a pattern")],
+            tenant: None,
             events: None,
             after: EventNumber(0),
             rate: None,
@@ -229,6 +231,7 @@ mod tests {
     fn row(number: i64, body: &str) -> EventRow {
         let event_type = crate::event::event_type(body.as_bytes());
         EventRow {
+            tenant: None,
             number: EventNumber(number),
             at: AT,
             event_type: event_type.map_or_else(|_| "user.broken".to_owned(), Into::into),

@@ -452,5 +452,13 @@ fn row(delivery: Delivery, now: SystemTime) -> NewRow {
     } else {
         routing_key
     };
-    NewRow { number: None, at, event_type, message_id, body, redelivered: delivery.redelivered }
+    NewRow {
+        number: None,
+        at,
+        event_type,
+        message_id,
+        body,
+        redelivered: delivery.redelivered,
+        tenant: None,
+    }
 }

@@ -15,7 +15,7 @@ pub(super) async fn publish(
     shared: &Shared,
     events: Vec<NewEvent>,
 ) -> Result<Vec<Published>, QueueError> {
-    let message = |NewEvent { event_type, message_id, body, traceparent }| {
+    let message = |NewEvent { event_type, message_id, body, traceparent, tenant: _ }| {
         let (body, properties) =
             message::event(body, message_id.as_deref(), traceparent.as_deref());
         match shared.topology.intake() {

@@ -106,6 +106,15 @@ fn traceparent(p: &BasicProperties) -> Option<String> {
     headers.text(TRACEPARENT).ok().flatten().filter(|t| t.len() <= MAX_TRACEPARENT)
 }
 
+/// The text of a header with its exact bytes; `None` if there is none of this name, or it has another
+/// type, or is not UTF-8.
+pub(super) fn exact_text<'p>(p: &'p BasicProperties, name: &str) -> Option<&'p str> {
+    match Headers(p.headers().as_ref()).get(name)? {
+        AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok(),
+        _ => None,
+    }
+}
+
 /// The message id and the trace context of an event's producer.
 pub(super) fn origin(p: &BasicProperties) -> (Option<String>, Option<Arc<str>>) {
     // An empty id is none: two events that have it are no copies of one.
@@ -250,8 +259,8 @@ pub(super) fn due_now(d: Delivery) -> (Bytes, BasicProperties) {
 /// The headers of a message, read with the types that hooktrail writes.
 struct Headers<'a>(Option<&'a FieldTable>);
 
-impl Headers<'_> {
-    fn get(&self, name: &str) -> Option<&AMQPValue> {
+impl<'a> Headers<'a> {
+    fn get(&self, name: &str) -> Option<&'a AMQPValue> {
         self.0.and_then(|h| h.inner().get(name))
     }
 

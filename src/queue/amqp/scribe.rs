@@ -33,7 +33,7 @@ use crate::{
     clock,
     config::{Intake, IntakeConfig},
     delivery::Reason,
-    event::event_type,
+    event::{Tenant, TenantPlace, event_type},
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
     queue::{
@@ -77,6 +77,8 @@ pub struct Scribe(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     config: IntakeConfig,
+    /// Where the tenant of an event is.
+    tenant: Option<TenantPlace>,
     topology: Topology,
     /// The queue that events are taken from.
     queue: String,
@@ -101,7 +103,8 @@ impl Group {
 }
 
 impl Scribe {
-    pub fn new(config: IntakeConfig, metrics: Metrics) -> Self {
+    /// `tenant`: where that of an event is.
+    pub fn new(config: IntakeConfig, tenant: Option<TenantPlace>, metrics: Metrics) -> Self {
         let topology = Topology::new(config.amqp.clone());
         let dialer = Dialer::new(config.amqp.url.clone(), metrics.clone());
         let troubles = watch::Sender::default();
@@ -110,7 +113,7 @@ impl Scribe {
             Intake::Exchange(_) => topology.intake_queue(),
             Intake::SourceQueue(name) => name.clone(),
         };
-        Self(Arc::new(Inner { config, topology, queue, pool, metrics, troubles }))
+        Self(Arc::new(Inner { config, tenant, topology, queue, pool, metrics, troubles }))
     }
 
     /// Checks that no events wait where this configuration does not take them. A broker that does not
@@ -344,7 +347,15 @@ impl Inner {
         let is_repeated = delivery.redelivered;
         let (message_id, traceparent) = message::origin(&delivery.properties);
         let body = Bytes::from(delivery.data);
-        let event = NewEvent { event_type, message_id, body, traceparent };
+        let place = self.tenant.as_ref();
+        let tenant = place.and_then(|place| {
+            let beside = match place {
+                TenantPlace::Header(name) => message::exact_text(&delivery.properties, name),
+                TenantPlace::Pointer(_) => None,
+            };
+            place.tenant(beside.and_then(Tenant::try_new).as_ref(), &body)
+        });
+        let event = NewEvent { event_type, message_id, body, traceparent, tenant };
         Delivered { event, is_repeated, invalid }
     }
 }

@@ -134,7 +134,7 @@ impl EmbeddedQueue {
             let for_history = queue.0.history.is_some();
             let mut fates = Vec::with_capacity(events.len());
             for event in &events {
-                let matched = segments.match_now(&event.event_type);
+                let matched = segments.match_now(event.tenant.as_ref(), &event.event_type);
                 if matched || for_history {
                     insert_event(db, event, now, (!matched).then_some(NOBODY))?;
                 }
@@ -219,13 +219,14 @@ fn insert_event(
     only_for: Option<&str>,
 ) -> rusqlite::Result<()> {
     let traceparent = event.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
-    db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
+    db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for, tenant) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?.execute(params![
         event.event_type,
         event.message_id,
         millis(at),
         &event.body[..],
         traceparent,
-        only_for
+        only_for,
+        event.tenant
     ])?;
     Ok(())
 }
@@ -249,14 +250,15 @@ fn find_known(
     let mut search = db.prepare_cached(
         "SELECT seq, message_id FROM event WHERE seq > ?1 AND message_id IS NOT NULL AND (only_for IS NULL OR only_for = ?2)",
     )?;
-    let mut is_same =
-        db.prepare_cached("SELECT type = ?2 AND body = ?3 FROM event WHERE seq = ?1")?;
+    let mut is_same = db.prepare_cached(
+        "SELECT type = ?2 AND body = ?3 AND tenant IS ?4 FROM event WHERE seq = ?1",
+    )?;
     let mut rows = search.query(params![newest(db)? - REMEMBERED, NOBODY])?;
     while let Some(row) = rows.next()? {
         let Some(same_id) = repeated.get(row.get_ref(1)?.as_str()?) else { continue };
         for (n, event) in same_id {
             let is_same: bool = is_same.query_row(
-                params![row.get::<_, i64>(0)?, event.event_type, &event.body[..]],
+                params![row.get::<_, i64>(0)?, event.event_type, &event.body[..], event.tenant],
                 |r| r.get(0),
             )?;
             if is_same {
@@ -286,6 +288,7 @@ mod tests {
             message_id: id.map(str::to_owned),
             body: body.to_owned().into(),
             traceparent: None,
+            tenant: None,
         };
         Delivered { event, is_repeated, invalid: None }
     }

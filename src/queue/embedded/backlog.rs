@@ -8,14 +8,15 @@ use std::{
 use rusqlite::Connection;
 
 use super::{
+    Addressed, Filter,
     consumer::{self, Unsettled},
     dead::LOG,
-    each_waiting, millis, newest, parse_patterns,
+    each_waiting, millis, newest, parse_patterns, tenant_of,
 };
 use crate::{
     clock,
     delivery::{Depth, SubscriberName},
-    event::{Pattern, matcher::Matcher},
+    event::{Pattern, Tenant, audience::Audience},
 };
 
 /// The depths of all subscribers with messages, without those that lanes have unsettled.
@@ -53,6 +54,7 @@ pub(super) fn depths(
 struct Waiting {
     /// The index of its subscriber.
     of: usize,
+    tenant: Option<Tenant>,
     patterns: Vec<Pattern>,
     after: i64,
     upto: i64,
@@ -67,9 +69,11 @@ pub(super) fn is_empty(db: &Connection, subscriber: &str) -> rusqlite::Result<bo
         "SELECT patterns, after, coalesce(upto, 9223372036854775807) FROM segment WHERE subscriber = ?1",
     )?;
     let mut rows = query.query([subscriber])?;
+    let tenant = tenant_of(db, subscriber)?;
     while let Some(row) = rows.next()?.filter(|_| !found) {
         let patterns = parse_patterns(row.get_ref(0)?.as_str()?);
-        each_waiting(db, subscriber, &patterns, row.get(1)?, row.get(2)?, |_| {
+        let filter = Filter { subscriber, tenant: tenant.as_ref(), patterns: &patterns };
+        each_waiting(db, &filter, row.get(1)?, row.get(2)?, |_| {
             found = true;
             false
         })?;
@@ -86,7 +90,8 @@ pub(super) fn backlogs(
     let newest = newest(db)?;
     let (mut names, mut waiting) = (Vec::<SubscriberName>::new(), Vec::new());
     let mut query = db.prepare_cached(
-        "SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after",
+        "SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807), tenant FROM segment LEFT JOIN tenancy USING (subscriber) \
+         ORDER BY subscriber, after",
     )?;
     let mut rows = query.query([])?;
     while let Some(row) = rows.next()? {
@@ -98,7 +103,7 @@ pub(super) fn backlogs(
         if after < newest.min(upto) {
             let ahead = consumer::ahead(db, &names[of])?;
             let patterns = parse_patterns(row.get_ref(1)?.as_str()?);
-            waiting.push(Waiting { of, patterns, after, upto, ahead });
+            waiting.push(Waiting { of, tenant: row.get(4)?, patterns, after, upto, ahead });
         }
     }
     let mut counts = vec![0; names.len()];
@@ -142,7 +147,9 @@ fn each_event(
 ) -> rusqlite::Result<()> {
     let patterns = |(n, segment)| -> (u32, &Waiting) { (n, segment) };
     let all = (0..).zip(segments).map(patterns);
-    let matcher = Matcher::new(all.flat_map(|(n, s)| s.patterns.iter().map(move |p| (n, p))));
+    let audience = Audience::new(
+        all.flat_map(|(n, s)| s.patterns.iter().map(move |p| (n, s.tenant.as_ref(), p))),
+    );
     let mut by_name: HashMap<&str, Vec<&Waiting>> = HashMap::new();
     for segment in segments {
         by_name.entry(names[segment.of].as_str()).or_default().push(segment);
@@ -150,15 +157,16 @@ fn each_event(
     let first = segments.iter().map(|segment| segment.after).min().unwrap_or(0);
     let last = segments.iter().map(|segment| segment.upto).max().unwrap_or(0);
     let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
+        "SELECT seq, type, only_for, tenant FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
     )?;
     let mut rows = query.query([first, last])?;
     while let Some(row) = rows.next()? {
         let seq = row.get(0)?;
-        if let Some(only) = row.get_ref(2)?.as_str_or_null()? {
+        let event = Addressed::read(row)?;
+        if let Some(only) = event.only_for {
             by_name.get(only).into_iter().flatten().for_each(|segment| found(segment, seq));
         } else {
-            let wanting = matcher.lookup(row.get_ref(1)?.as_str()?);
+            let wanting = audience.lookup(event.tenant, event.event_type);
             wanting.iter().for_each(|n| found(&segments[*n as usize], seq));
         }
     }
@@ -188,6 +196,7 @@ mod tests {
             let newest = 3_000_000;
             let segment = |(of, distance): (usize, &i64)| Waiting {
                 of,
+                tenant: None,
                 patterns: Vec::new(),
                 after: newest - distance,
                 upto: i64::MAX,
@@ -240,7 +249,9 @@ mod tests {
             while let Some(row) = rows.next()? {
                 let (name, text): (SubscriberName, String) = (row.get(0)?, row.get(1)?);
                 let count = each.entry(name.clone()).or_default();
-                each_waiting(db, &name, &parse_patterns(&text), row.get(2)?, row.get(3)?, |seq| {
+                let patterns = parse_patterns(&text);
+                let filter = Filter { subscriber: &name, tenant: None, patterns: &patterns };
+                each_waiting(db, &filter, row.get(2)?, row.get(3)?, |seq| {
                     let held = unsettled.get(&name).is_some_and(|held| held.events.contains(&seq));
                     *count += u32::from(!held);
                     true

@@ -18,21 +18,22 @@ use rusqlite::{Connection, Row, params};
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 use super::{
-    EmbeddedQueue,
+    Addressed, EmbeddedQueue, Filter,
     budget::{COST, Share},
     from_millis,
     head::{Head, Offered, Pulled},
-    is_for,
     keep::Keeper,
-    millis, newest, parse_patterns,
+    millis, newest, other_tenant, parse_patterns,
     store::Store,
+    tenant_of,
 };
 use crate::{
     clock,
+    config::Subscriber,
     delivery::{
         AttemptLog, Batch, DeadLetter, MessageKind, Print, Prints, SubscriberName, cut_error,
     },
-    event::{InvalidEvent, Pattern, payload::Format},
+    event::{InvalidEvent, Pattern, Tenant, payload::Format},
     queue::{
         self, Checked, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement,
         Taken, Window,
@@ -76,6 +77,8 @@ pub(super) struct Shared {
     store: Store,
     keeper: Arc<Keeper>,
     pub(super) subscriber: SubscriberName,
+    /// The tenant whose events it gets; `None`: those of all.
+    pub(super) tenant: Option<Tenant>,
     taken: Mutex<TakenMessages>,
     /// Held over a write of how far it is, so that the cursor only rises.
     pub(super) writing: AsyncMutex<()>,
@@ -102,14 +105,14 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// Reads a row whose columns from the fourth on are `message_id, at, traceparent, body`.
+    /// Reads a row whose columns from the fifth on are `message_id, at, traceparent, body`.
     pub(super) fn read(row: &Row<'_>, seq: i64) -> rusqlite::Result<Self> {
         Ok(Self {
             seq,
-            message_id: row.get(3)?,
-            at: row.get(4)?,
-            traceparent: row.get(5)?,
-            body: Bytes::copy_from_slice(row.get_ref(6)?.as_blob()?),
+            message_id: row.get(4)?,
+            at: row.get(5)?,
+            traceparent: row.get(6)?,
+            body: Bytes::copy_from_slice(row.get_ref(7)?.as_blob()?),
             checked: None,
         })
     }
@@ -375,11 +378,12 @@ impl Shared {
 
 pub(super) async fn open(
     queue: &EmbeddedQueue,
-    subscriber: &SubscriberName,
+    configured: &Subscriber,
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let store = queue.store().clone();
     let (head, news) = (queue.0.head.clone(), queue.changes());
+    let (subscriber, tenant) = (&configured.name, configured.tenant.clone());
     let name = subscriber.clone();
     queue.keep_of(subscriber).await?;
     // Read on the writing thread, in the order of writes: those that a panicked lane had begun are
@@ -388,15 +392,24 @@ pub(super) async fn open(
     let now = millis(began.1);
     let open = move |db: &Connection| {
         reschedule(db, &name, now)?;
-        Ok((segments(db, &name)?, ahead(db, &name)?))
+        Ok((segments(db, &name)?, ahead(db, &name)?, tenant_of(db, &name)?))
     };
-    let (segments, runs) = store.write(open).await?;
+    let (segments, runs, recorded) = store.write(open).await?;
+    // What is left of it is another tenant's: none of that may be sent.
+    if recorded != tenant {
+        return Err(QueueError::needs_operator(other_tenant(
+            subscriber,
+            recorded.as_ref(),
+            tenant.as_ref(),
+        )));
+    }
     let cursor = segments.first().map_or(0, |s| s.after);
     let wake = Arc::new(Notify::new());
     let shared = Arc::new(Shared {
         store,
         keeper: queue.0.keeper.clone(),
         subscriber: subscriber.clone(),
+        tenant,
         taken: Mutex::new(TakenMessages {
             scanned: cursor,
             cursor,
@@ -518,7 +531,7 @@ impl queue::Source for Source {
             if pulled == Pulled::Retries {
                 continue;
             }
-            if pulled != Pulled::Alone {
+            if !matches!(pulled, Pulled::Alone | Pulled::Tenant) {
                 self.woken().await;
                 continue;
             }
@@ -527,7 +540,8 @@ impl queue::Source for Source {
                 continue;
             };
             let found = self.query(Query::Both(max), allowed).await?;
-            let more = found.more;
+            // By its tenant it has come to the end of the log, which is in the ring.
+            let more = found.more || pulled == Pulled::Tenant;
             self.hand_over(found, into);
             self.shared.share.took(0);
             if into.len() > before {
@@ -684,7 +698,7 @@ impl Source {
             )
         };
         let envelopes_room = usize::from(self.window.envelopes).saturating_sub(held.len());
-        let subscriber = self.shared.subscriber.clone();
+        let (subscriber, tenant) = (self.shared.subscriber.clone(), self.shared.tenant.clone());
         let now = millis(clock::now());
         self.shared
             .store
@@ -704,13 +718,12 @@ impl Source {
                 let mut segments =
                     segments(&db, &subscriber)?.into_iter().filter(|s| scanned < s.upto);
                 if let Some(Segment { patterns, after, upto }) = segments.next() {
-                    let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
-                        is_for(&subscriber, &patterns, event_type, only_for)
-                            && !ahead.iter().any(|run| run.contains(&seq))
-                    };
+                    let tenant = tenant.as_ref();
+                    let filter = Filter { subscriber: &subscriber, tenant, patterns: &patterns };
                     let end = scan(
                         &db,
-                        wanted,
+                        &filter,
+                        &ahead,
                         after.max(scanned),
                         upto,
                         (events_room, most, load),
@@ -870,18 +883,23 @@ fn attempt_log_text(log: &AttemptLog) -> Option<String> {
 /// Scans a segment; true if it has reached the segment's end.
 fn scan(
     db: &Connection,
-    wanted: impl Fn(i64, &str, Option<&str>) -> bool,
+    filter: &Filter<'_>,
+    ahead: &[RangeInclusive<i64>],
     after: i64,
     upto: i64,
     (room, most, mut load): (usize, usize, Load),
     found: &mut Found,
 ) -> rusqlite::Result<bool> {
     // The bytes of what history alone has are not read: they may be most of the log.
-    let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event \
-         WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3",
-    )?;
-    let mut rows = query.query(params![after, upto, SCAN])?;
+    let columns = "SELECT seq, type, only_for, tenant, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event";
+    let of_tenant = filter.tenant.map_or("", |_| " AND tenant = ?4");
+    let mut query = db.prepare_cached(&format!(
+        "{columns} WHERE seq > ?1 AND seq <= ?2{of_tenant} ORDER BY seq LIMIT ?3"
+    ))?;
+    let mut rows = match filter.tenant {
+        Some(tenant) => query.query(params![after, upto, SCAN, tenant])?,
+        None => query.query(params![after, upto, SCAN])?,
+    };
     let mut scanned = 0;
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
@@ -890,10 +908,9 @@ fn scan(
         }
         scanned += 1;
         let seq: i64 = row.get(0)?;
-        let event_type = row.get_ref(1)?.as_str()?;
-        let only_for = row.get_ref(2)?.as_str_or_null()?;
-        let is_wanted = wanted(seq, event_type, only_for);
-        if is_wanted && !load.allows(row.get_ref(6)?.as_blob()?.len()) {
+        let is_settled = || ahead.iter().any(|run| run.contains(&seq));
+        let is_wanted = filter.wants(&Addressed::read(row)?) && !is_settled();
+        if is_wanted && !load.allows(row.get_ref(7)?.as_blob()?.len()) {
             return Ok(false);
         }
         found.scanned = seq;

@@ -11,6 +11,7 @@ use super::{
     head::Head,
     millis,
     store::Store,
+    tenant_of,
 };
 use crate::{
     clock,
@@ -196,12 +197,14 @@ fn revive(
         MessageKind::Batch => insert_retry(db, subscriber, &letter.to_batch(), now, now),
         MessageKind::Event => {
             let event_type = event_type(&letter.body).map(|t| t.into_owned()).unwrap_or_default();
-            db.prepare_cached("INSERT INTO event (type, message_id, at, only_for, body) VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
+            // With its tenant: by that a subscriber finds what is for it alone.
+            db.prepare_cached("INSERT INTO event (type, message_id, at, only_for, body, tenant) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
                 event_type,
                 letter.id,
                 now,
                 subscriber,
-                &letter.body[..]
+                &letter.body[..],
+                tenant_of(db, subscriber)?
             ])?;
             // A subscriber that is not configured now gets it when it is again.
             let seq = db.last_insert_rowid();

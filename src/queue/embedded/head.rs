@@ -125,6 +125,8 @@ pub(super) enum Pulled {
     Behind,
     /// Nothing: no one reads the log for it.
     Alone,
+    /// Nothing: it is behind the ring, and finds by itself what its tenant has there.
+    Tenant,
     /// Nothing: it may have new retries, which come before events.
     Retries,
 }
@@ -249,6 +251,10 @@ impl Head {
         if at < state.ring.after() {
             if took || !has_room() {
                 return Pulled::Taken;
+            }
+            // An index leads to its events: it need not wait for all that are between them.
+            if lane.tenant.is_some() {
+                return Pulled::Tenant;
             }
             if !matches!(wants.behind, Behind::Waits(_) | Behind::Read(_)) {
                 wants.behind = Behind::Waits(at);
@@ -571,7 +577,7 @@ pub(super) mod tests {
             DeadLetters as _, Queue as _, Receipt, Settlement, Settler as _, Source as _, Taken,
             Window,
             embedded::{
-                EmbeddedQueue, Settler, Source, backlogs,
+                Addressed, EmbeddedQueue, Settler, Source, backlogs,
                 consumer::set_cursor,
                 ring::EVENT_COST,
                 tests::{WINDOW, batch, config, publish, subscribers, until},
@@ -623,6 +629,11 @@ pub(super) mod tests {
             taken = source.take(&mut none, 100) => panic!("{taken:?}: {none:?}"),
             () = until("it is at the end", async || place(queue, subscriber) == Some(Place::End)) => {}
         }
+    }
+
+    /// An event of no tenant, for all.
+    fn of_type(event_type: &str) -> Addressed<'_> {
+        Addressed { event_type, only_for: None, tenant: None }
     }
 
     #[tokio::test]
@@ -838,7 +849,7 @@ pub(super) mod tests {
         wait_at_the_end(&queue, "a", &mut source).await;
         // A retry and an event come with one reading, between its look at retries and at events.
         let segments = queue.0.head.state().segments.clone();
-        let owners = segments.owners(1, "x", None);
+        let owners = segments.owners(1, &of_type("x"));
         let events = vec![Passed { owners, event: Stored::numbered(1) }];
         let (retried, upto) = (vec!["a".into()], 1);
         queue.0.head.push(Read { segments, events, upto, more: false, retried, last_retry: 0 });
@@ -1041,7 +1052,7 @@ pub(super) mod tests {
         let read_with = |segments: &Arc<Segments>, seqs: &[i64]| {
             let event = |seq: &i64| {
                 let event_type = if *seq % 2 == 0 { "y" } else { "z" };
-                let owners = segments.owners(*seq, event_type, None);
+                let owners = segments.owners(*seq, &of_type(event_type));
                 Passed { owners, event: Stored::numbered(*seq) }
             };
             let events: Vec<_> = seqs.iter().map(event).collect();

@@ -230,10 +230,11 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Read> {
         at: from_millis(row.get(3)?),
         body: Bytes::from(row.get::<_, Vec<u8>>(5)?),
         redelivered: false,
+        tenant: row.get(6)?,
     }))
 }
 
-const COLUMNS: &str = "SELECT seq, type, message_id, at, only_for, body FROM event";
+const COLUMNS: &str = "SELECT seq, type, message_id, at, only_for, body, tenant FROM event";
 
 /// Finds runs of numbers that are missing between the events of an answer.
 struct Holes {
@@ -482,6 +483,7 @@ mod tests {
             message_id: Some("m".to_owned()),
             body: Bytes::from_static(b"{}"),
             redelivered: false,
+            tenant: None,
         };
         assert_eq!(rows[0], expected);
         assert_eq!(numbers(&log.get(&[n(4), n(2), n(1), n(99)], 99).expect("reads").0), [4, 1]);

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::{
-    EmbeddedQueue,
+    Addressed, EmbeddedQueue,
     consumer::{QUERY_INTERVAL, SCAN, Stored},
     head::Head,
     newest,
@@ -189,7 +189,7 @@ fn read_events(
     wanted: impl Fn(&[u32]) -> bool,
 ) -> rusqlite::Result<()> {
     let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+        "SELECT seq, type, only_for, tenant, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2",
     )?;
     let mut rows = query.query(params![read.upto, SCAN])?;
     let (mut count, mut bytes) = (0, 0);
@@ -200,8 +200,7 @@ fn read_events(
         }
         count += 1;
         read.upto = row.get(0)?;
-        let (event_type, only_for) = (row.get_ref(1)?.as_str()?, row.get_ref(2)?.as_str_or_null()?);
-        let owners = read.segments.owners(read.upto, event_type, only_for);
+        let owners = read.segments.owners(read.upto, &Addressed::read(row)?);
         // What history alone has was read without its bytes: that may be most of the log.
         if !owners.is_empty() && wanted(&owners) {
             let mut event = Stored::read(row, read.upto)?;

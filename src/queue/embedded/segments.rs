@@ -4,10 +4,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use rusqlite::Connection;
 
-use super::{history::NOBODY, parse_patterns};
+use super::{Addressed, history::NOBODY, parse_patterns};
 use crate::{
     delivery::SubscriberName,
-    event::{Pattern, matcher::Matcher},
+    event::{Pattern, Tenant, audience::Audience},
 };
 
 /// What the subscribers are to get of the log. A subscriber is known by its index, which it has in
@@ -20,7 +20,7 @@ pub(super) struct Segments {
     names: Vec<SubscriberName>,
     indexes: HashMap<SubscriberName, u32>,
     /// The patterns of the open segments.
-    open: Matcher,
+    open: Audience,
     /// The number after which the open segment of each subscriber was begun; `None` without one.
     begun: Vec<Option<i64>>,
     closed: Vec<Closed>,
@@ -32,6 +32,7 @@ pub(super) struct Segments {
 #[derive(Debug)]
 struct Closed {
     owner: u32,
+    tenant: Option<Tenant>,
     patterns: Vec<Pattern>,
     after: i64,
     upto: i64,
@@ -40,6 +41,10 @@ struct Closed {
 impl Closed {
     fn has(&self, seq: i64) -> bool {
         self.after < seq && seq <= self.upto
+    }
+
+    fn wants(&self, event: &Addressed<'_>) -> bool {
+        event.is_of(self.tenant.as_ref()) && event.matches(&self.patterns)
     }
 }
 
@@ -53,27 +58,29 @@ impl Segments {
             return Ok(None);
         }
         let mut query = db.prepare_cached(
-            "SELECT subscriber, patterns, after, upto, coalesce(begun, after) FROM segment ORDER BY id",
+            "SELECT subscriber, patterns, after, upto, coalesce(begun, after), tenant FROM segment LEFT JOIN tenancy USING (subscriber) ORDER BY id",
         )?;
         let mut rows = query.query([])?;
         let mut changed = Self { version: Some(version), ..Self::default() };
-        let mut patterns: Vec<(u32, Pattern)> = Vec::new();
+        let mut patterns: Vec<(u32, Option<Tenant>, Pattern)> = Vec::new();
         while let Some(row) = rows.next()? {
             let owner = changed.add(row.get(0)?);
             let of_it = parse_patterns(row.get_ref(1)?.as_str()?);
+            let tenant: Option<Tenant> = row.get(5)?;
             let ends = if let Some(upto) = row.get(3)? {
                 let after = row.get(2)?;
-                changed.closed.push(Closed { owner, patterns: of_it, after, upto });
+                changed.closed.push(Closed { owner, tenant, patterns: of_it, after, upto });
                 upto
             } else {
-                patterns.extend(of_it.into_iter().map(|pattern| (owner, pattern)));
+                patterns.extend(of_it.into_iter().map(|p| (owner, tenant.clone(), p)));
                 let begun = row.get(4)?;
                 changed.begun[owner as usize] = Some(begun);
                 begun
             };
             changed.changed_upto = changed.changed_upto.max(ends);
         }
-        changed.open = Matcher::new(patterns.iter().map(|(owner, pattern)| (*owner, pattern)));
+        changed.open =
+            Audience::new(patterns.iter().map(|(n, tenant, p)| (*n, tenant.as_ref(), p)));
         Ok(Some(changed))
     }
 
@@ -96,15 +103,15 @@ impl Segments {
     }
 
     /// Whether a subscriber gets an event that is stored now.
-    pub(super) fn match_now(&self, event_type: &str) -> bool {
-        self.open.matches(event_type)
+    pub(super) fn match_now(&self, tenant: Option<&Tenant>, event_type: &str) -> bool {
+        self.open.matches(tenant.map(Tenant::as_str), event_type)
     }
 
     /// The subscribers that get an event of the log, in the order of their indexes.
-    pub(super) fn owners(&self, seq: i64, event_type: &str, only_for: Option<&str>) -> Arc<[u32]> {
+    pub(super) fn owners(&self, seq: i64, event: &Addressed<'_>) -> Arc<[u32]> {
         let is_open = |owner: u32| self.begun[owner as usize].is_some_and(|begun| begun < seq);
         let closed = || self.closed.iter().filter(|segment| segment.has(seq));
-        match only_for {
+        match event.only_for {
             Some(NOBODY) => Arc::default(),
             Some(only) => {
                 let owner = self.index(only).filter(|owner| {
@@ -113,13 +120,12 @@ impl Segments {
                 owner.into_iter().collect()
             }
             None => {
-                let open = self.open.lookup(event_type);
+                let open = self.open.lookup(event.tenant, event.event_type);
                 if seq > self.changed_upto {
                     return open;
                 }
-                let matches =
-                    |segment: &&Closed| segment.patterns.iter().any(|p| p.matches(event_type));
-                let mut ended = closed().filter(matches).map(|segment| segment.owner).peekable();
+                let wanting = closed().filter(|segment| segment.wants(event));
+                let mut ended = wanting.map(|segment| segment.owner).peekable();
                 if ended.peek().is_none() && open.iter().all(|owner| is_open(*owner)) {
                     return open;
                 }
@@ -140,26 +146,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::queue::{
-        Queue as _,
-        embedded::{
-            EmbeddedQueue,
-            consumer::set_cursor,
-            is_for, newest,
-            tests::{config, publish, subscribers},
-        },
+    use crate::queue::embedded::{
+        EmbeddedQueue, Filter,
+        consumer::set_cursor,
+        newest, tenant_of,
+        tests::{config, publish, subscribers},
+    };
+    use crate::{
+        config::Subscriber,
+        queue::{NewEvent, Queue as _},
     };
 
     const NAMES: [&str; 3] = ["a", "b", "c"];
     const PATTERNS: [&str; 4] = ["#", "x", "x.*", "y.#"];
     const TYPES: [&str; 4] = ["x", "x.1", "y", "z"];
+    /// Of an event, and of the subscribers in their order.
+    const TENANTS: [&str; 3] = ["", "1", "2"];
+
+    fn tenant(n: usize) -> Option<Tenant> {
+        Tenant::try_new(TENANTS[n])
+    }
 
     #[derive(Debug, Clone)]
     enum Step {
         /// Configures each subscriber with a pattern, or not at all.
         Prepare(Vec<Option<usize>>),
-        /// Stores an event of a type.
-        Publish(usize),
+        /// Stores an event of a type and a tenant.
+        Publish(usize, usize),
         /// Stores one for a subscriber alone, as a replay does.
         Replay(usize),
         /// A subscriber is done with so many more numbers.
@@ -170,7 +183,7 @@ mod tests {
         let pattern = prop::option::of(0..PATTERNS.len());
         prop_oneof![
             2 => prop::collection::vec(pattern, NAMES.len()).prop_map(Step::Prepare),
-            5 => (0..TYPES.len()).prop_map(Step::Publish),
+            5 => (0..TYPES.len(), 0..TENANTS.len()).prop_map(|(t, of)| Step::Publish(t, of)),
             1 => (0..NAMES.len()).prop_map(Step::Replay),
             2 => (0..NAMES.len(), 0_i64..6).prop_map(|(name, many)| Step::Settle(name, many)),
         ]
@@ -183,16 +196,29 @@ mod tests {
                 let mut all: Vec<(&str, &str)> =
                     of_each.filter_map(|(name, n)| Some((*name, PATTERNS[n?]))).collect();
                 all.push(("other", "q"));
-                let all = subscribers(&all);
+                let with_tenant = |s: &Arc<Subscriber>| {
+                    let n = NAMES.iter().position(|name| s.name == **name);
+                    Arc::new(Subscriber { tenant: n.and_then(tenant), ..Subscriber::clone(s) })
+                };
+                let all: Vec<_> = subscribers(&all).iter().map(with_tenant).collect();
                 queue.removals().configure(all.iter().map(|s| s.name.clone()).collect(), true);
                 queue.prepare(&all).await.expect("prepares");
             }
-            Step::Publish(n) => drop(publish(queue, TYPES[n], 1).await),
+            Step::Publish(n, of) => {
+                let event = NewEvent {
+                    event_type: TYPES[n].to_owned(),
+                    message_id: None,
+                    body: "{}".into(),
+                    traceparent: None,
+                    tenant: tenant(of),
+                };
+                queue.publish(vec![event]).await.expect("publishes");
+            }
             Step::Replay(n) => {
                 let replay = move |db: &Connection| {
                     db.execute(
-                        "INSERT INTO event (type, at, only_for, body) VALUES ('x', 0, ?1, x'')",
-                        [NAMES[n]],
+                        "INSERT INTO event (type, at, only_for, tenant, body) VALUES ('x', 0, ?1, ?2, x'')",
+                        (NAMES[n], tenant_of(db, NAMES[n])?),
                     )?;
                     db.execute(
                         "INSERT INTO segment (subscriber, patterns, after, upto) SELECT ?1, '[]', ?2 - 1, ?2 \
@@ -220,12 +246,12 @@ mod tests {
     /// log by itself, and by these segments.
     fn compared(db: &Connection, segments: &Segments) -> rusqlite::Result<Vec<(bool, bool)>> {
         let mut each = Vec::new();
-        let mut query = db.prepare("SELECT seq, type, only_for FROM event")?;
+        let mut query = db.prepare("SELECT seq, type, only_for, tenant FROM event")?;
         let mut events = query.query([])?;
         while let Some(event) = events.next()? {
             let seq: i64 = event.get(0)?;
-            let (event_type, only_for): (String, Option<String>) = (event.get(1)?, event.get(2)?);
-            let owners = segments.owners(seq, &event_type, only_for.as_deref());
+            let addressed = Addressed::read(event)?;
+            let owners = segments.owners(seq, &addressed);
             for name in NAMES {
                 if cursor(db, name)?.is_none_or(|cursor| seq <= cursor) {
                     continue;
@@ -235,8 +261,11 @@ mod tests {
                 )?;
                 let patterns: Vec<String> =
                     in_it.query_map((name, seq), |r| r.get(0))?.collect::<rusqlite::Result<_>>()?;
+                let tenant = tenant_of(db, name)?;
                 let by_itself = patterns.iter().any(|text| {
-                    is_for(name, &parse_patterns(text), &event_type, only_for.as_deref())
+                    let patterns = &parse_patterns(text);
+                    let filter = Filter { subscriber: name, tenant: tenant.as_ref(), patterns };
+                    filter.wants(&addressed)
                 });
                 let at_once = segments.index(name).is_some_and(|index| owners.contains(&index));
                 each.push((by_itself, at_once));

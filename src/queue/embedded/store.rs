@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::place::{Place, other_than};
 use crate::{
     delivery::SubscriberName,
+    event::Tenant,
     failpoint::Step,
     queue::QueueError,
     sqlite::{self, Database, Reader, Schema, with_suffix},
@@ -32,6 +33,18 @@ impl From<sqlite::Error> for QueueError {
 impl ToSql for SubscriberName {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         self.as_str().to_sql()
+    }
+}
+
+impl ToSql for Tenant {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(self.as_str().into())
+    }
+}
+
+impl FromSql for Tenant {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        Self::try_new(value.as_str()?).ok_or(FromSqlError::InvalidType)
     }
 }
 
@@ -163,6 +176,13 @@ const MIGRATIONS: &[&str] = &[
         pattern TEXT NOT NULL,
         PRIMARY KEY (queue, exchange, pattern)
     ) WITHOUT ROWID;
+",
+    "
+    -- Whose an event is; NULL if that is nobody in particular.
+    ALTER TABLE event ADD COLUMN tenant TEXT;
+    CREATE INDEX event_tenant ON event (tenant, seq) WHERE tenant IS NOT NULL;
+    -- The tenants of the subscribers that have one. A row holds as long as something is left of its subscriber.
+    CREATE TABLE tenancy (subscriber TEXT PRIMARY KEY, tenant TEXT NOT NULL) WITHOUT ROWID;
 ",
 ];
 

@@ -238,6 +238,7 @@ mod tests {
             message_id: None,
             body: vec![b'x'; 1100].into(),
             traceparent: None,
+            tenant: None,
         }
     }
 

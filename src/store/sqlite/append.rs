@@ -16,7 +16,7 @@ use super::{
     tokens::{Indexed, id_query},
 };
 use crate::{
-    event::details::Details,
+    event::{Tenant, details::Details},
     store::{Appended, EventNumber, NewRow},
 };
 
@@ -176,6 +176,7 @@ impl<'d> Adding<'d> {
             sha256: &sha256,
             details: &details,
             body: has_body.then_some(&event.body),
+            tenant: event.tenant.as_ref().map(Tenant::as_str),
         };
         indexed.write(&mut memory.tokens);
         self.words.execute((number, &memory.tokens))?;

@@ -14,7 +14,7 @@ use crate::{
     clock,
     config::HistoryConfig,
     delivery::SubscriberName,
-    event::Pattern,
+    event::{Pattern, Tenant, audience::Interest},
     store::{EventNumber, Gap, Reach, Subscription},
     wording,
 };
@@ -53,32 +53,33 @@ pub(super) fn set(db: &Connection, key: &str, value: impl rusqlite::ToSql) -> ru
         .map(drop)
 }
 
-/// Records which patterns hold from now on.
+/// Records what subscribers are to get from now on.
 pub(super) fn subscribed(
     db: &Connection,
-    wanted: &[(SubscriberName, Vec<Pattern>)],
+    all: &[(SubscriberName, Interest)],
     now: i64,
 ) -> rusqlite::Result<()> {
-    let texts = wanted.iter().map(|(name, patterns)| {
+    let texts = all.iter().map(|(name, Interest { patterns, tenant })| {
         let patterns: Vec<&str> = patterns.iter().map(Pattern::as_str).collect();
-        (name.as_str(), serde_json::Value::from(patterns).to_string())
+        let patterns = serde_json::Value::from(patterns).to_string();
+        (name.as_str(), (patterns, tenant.as_ref().map(Tenant::to_string)))
     });
-    let mut wanted: BTreeMap<&str, String> = texts.collect();
-    let held: Vec<(i64, String, String)> = db
-        .prepare("SELECT id, subscriber, patterns FROM subscription WHERE until IS NULL")?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+    let mut wanted: BTreeMap<&str, (String, Option<String>)> = texts.collect();
+    let held: Vec<(i64, String, (String, Option<String>))> = db
+        .prepare("SELECT id, subscriber, patterns, tenant FROM subscription WHERE until IS NULL")?
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, (row.get(2)?, row.get(3)?))))?
         .collect::<rusqlite::Result<_>>()?;
-    for (id, name, patterns) in held {
-        if wanted.get(name.as_str()) == Some(&patterns) {
+    for (id, name, held) in held {
+        if wanted.get(name.as_str()) == Some(&held) {
             wanted.remove(name.as_str());
         } else {
             db.execute("UPDATE subscription SET until = ?2 WHERE id = ?1", [id, now])?;
         }
     }
-    for (name, patterns) in wanted {
+    for (name, (patterns, tenant)) in wanted {
         db.execute(
-            "INSERT INTO subscription (subscriber, patterns, since) VALUES (?1, ?2, ?3)",
-            params![name, patterns, now],
+            "INSERT INTO subscription (subscriber, patterns, tenant, since) VALUES (?1, ?2, ?3, ?4)",
+            params![name, patterns, tenant, now],
         )?;
     }
     Ok(())
@@ -93,10 +94,11 @@ pub(super) fn subscriptions(db: &Connection, horizon: i64) -> rusqlite::Result<V
             return Ok(None);
         };
         let (from, until) = (time(row.get(2)?), row.get::<_, Option<i64>>(3)?.map(time));
-        Ok(Some(Subscription { subscriber, patterns, from, until }))
+        let tenant = row.get_ref(4)?.as_str_or_null()?.and_then(Tenant::try_new);
+        Ok(Some(Subscription { subscriber, interest: Interest { patterns, tenant }, from, until }))
     };
     db.prepare_cached(
-        "SELECT subscriber, patterns, since, until FROM subscription WHERE until IS NULL OR until >= ?1 ORDER BY since, id",
+        "SELECT subscriber, patterns, since, until, tenant FROM subscription WHERE until IS NULL OR until >= ?1 ORDER BY since, id",
     )?
     .query_map([horizon], read)?
     .filter_map(rusqlite::Result::transpose)

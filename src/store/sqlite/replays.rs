@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock,
     delivery::{BatchId, SubscriberName},
-    event::{Pattern, payload::Format},
+    event::{Pattern, Tenant, payload::Format},
     store::{
         Added, BatchEnds, Changed, EventNumber, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS,
         MAX_RUNNING, NewOperation, Newcomer, Operation, Page, Recorded, Replay, ReplayChange,
@@ -31,6 +31,9 @@ struct StoredOrder {
     since: i64,
     until: Option<i64>,
     patterns: Vec<String>,
+    /// Records of an earlier version have none.
+    #[serde(default)]
+    tenant: Option<String>,
     events: Option<String>,
     after: i64,
     rate: Option<u32>,
@@ -49,6 +52,7 @@ impl From<&ReplayOrder> for StoredOrder {
             since: millis(o.since),
             until: o.until.map(millis),
             patterns: o.patterns.iter().map(text).collect(),
+            tenant: o.tenant.as_ref().map(Tenant::to_string),
             events: o.events.as_ref().map(text),
             after: o.after.0,
             rate: o.rate,
@@ -62,16 +66,20 @@ impl From<&ReplayOrder> for StoredOrder {
 }
 
 impl TryFrom<StoredOrder> for ReplayOrder {
-    /// A pattern that is none.
+    /// A pattern or a tenant that is none.
     type Error = String;
 
     fn try_from(o: StoredOrder) -> Result<Self, String> {
         let patterns: Result<_, _> = o.patterns.iter().map(|text| Pattern::try_new(text)).collect();
+        // One that cannot be read must not become the events of all.
+        let tenant =
+            |text: String| Tenant::try_new(&text).ok_or_else(|| format!("`{text}` is no tenant"));
         Ok(Self {
             by: o.by,
             since: time(o.since),
             until: o.until.map(time),
             patterns: patterns?,
+            tenant: o.tenant.map(tenant).transpose()?,
             events: o.events.map(|text| Pattern::try_new(&text)).transpose()?,
             after: EventNumber(o.after),
             rate: o.rate,

@@ -90,6 +90,9 @@ const HISTORY: &[&str] = &[
         PRIMARY KEY (chunk, hour)
     ) WITHOUT ROWID;
 ",
+    "
+    ALTER TABLE subscription ADD COLUMN tenant TEXT;
+",
 ];
 
 /// Precious: what cannot be made again.

@@ -70,6 +70,7 @@ impl Found<'_> {
                 let number = row.number.unwrap_or(EventNumber(0));
                 let (body, id) = (row.body.clone(), row.message_id.clone());
                 let mut found = with_body(number, row.at, &row.event_type, id, body);
+                found.tenant.clone_from(&row.tenant);
                 found.body.take_if(|_| !has_body);
                 return Ok(found);
             }
@@ -91,6 +92,7 @@ impl Found<'_> {
                     bytes,
                     sha256,
                     details,
+                    tenant: None,
                 })
             }
             body => {
@@ -117,6 +119,7 @@ fn with_body(
         sha256: Sha256::digest(&body).into(),
         details: Details::of(&body),
         body: Some(body),
+        tenant: None,
     }
 }
 

@@ -71,7 +71,7 @@ fn event(n: u32) -> NewRow {
             n % 3
         )
         .into(),
-        redelivered: false,
+        redelivered: false, tenant: None,
     }
 }
 

@@ -27,6 +27,7 @@ pub(super) enum Exact {
     ResourceId,
     ResourceName,
     Type,
+    Tenant,
 }
 
 impl Exact {
@@ -37,6 +38,7 @@ impl Exact {
             Self::ResourceId => 'r',
             Self::ResourceName => 's',
             Self::Type => 't',
+            Self::Tenant => 'w',
         }
     }
 
@@ -101,6 +103,7 @@ pub(super) struct Indexed<'e> {
     pub(super) details: &'e Details,
     /// `None` if it is not kept.
     pub(super) body: Option<&'e [u8]>,
+    pub(super) tenant: Option<&'e str>,
 }
 
 impl Indexed<'_> {
@@ -118,6 +121,7 @@ impl Indexed<'_> {
         let Details { actor, resource, .. } = self.details;
         for (kind, value) in [
             (Exact::Type, Some(self.event_type)),
+            (Exact::Tenant, self.tenant),
             (Exact::ActorId, actor.id.as_deref()),
             (Exact::ActorName, actor.name.as_deref()),
             (Exact::ResourceId, resource.id.as_deref()),
@@ -138,8 +142,9 @@ impl Indexed<'_> {
 
 /// Whether the index has anything to select by.
 pub(super) fn is_indexed(filter: &EventFilter) -> bool {
-    let EventFilter { actor, resource, id, text, .. } = filter;
+    let EventFilter { actor, resource, id, text, tenant, .. } = filter;
     actor.is_some()
+        || tenant.is_some()
         || resource.is_some()
         || id.is_some()
         || text.as_ref().is_some_and(|t| words::is_searchable(t))
@@ -157,6 +162,11 @@ pub(super) fn query(filter: &EventFilter, types: Option<&[&str]>) -> Option<Stri
     };
     if let Some(id) = &filter.id {
         terms.push(any(id_tokens(id)));
+    }
+    if let Some(tenant) = &filter.tenant {
+        let mut token = String::new();
+        Exact::Tenant.push(tenant.as_str(), &mut token);
+        terms.push(any([token]));
     }
     if let Some(actor) = &filter.actor {
         terms.push(party(actor, [Exact::ActorId, Exact::ActorName]));

@@ -106,6 +106,8 @@ impl Embedded {
 
     pub(crate) fn config(&self) -> EmbeddedConfig {
         EmbeddedConfig {
+            tenant: None,
+            tenants_required: false,
             data_dir: self.data_dir(),
             retention: Duration::from_secs(3600),
             history: Some(HistoryConfig {
@@ -141,6 +143,7 @@ impl Embedded {
             message_id: message_id.map(str::to_owned),
             body,
             traceparent: None,
+            tenant: None,
         };
         let mut bodies = bodies.into_iter().map(event).peekable();
         while bodies.peek().is_some() {

@@ -12,11 +12,12 @@ use crate::{
 };
 
 /// The fields of the form, with the keys of the document whose mistakes stand beside each.
-pub(super) const FIELDS: [(&str, &str); 8] = [
+pub(super) const FIELDS: [(&str, &str); 9] = [
     ("name", "name"),
     ("url", "url"),
     ("format", "format"),
     ("events", "events"),
+    ("tenant", "tenant"),
     ("signature", "signatures"),
     ("secret", "secrets"),
     ("description", "description"),
@@ -44,6 +45,10 @@ pub(super) fn document(form: &Form) -> Document {
         if !typed.is_empty() {
             document.set(key, typed.into());
         }
+    }
+    // As it was typed: bytes decide.
+    if !form.get("tenant").is_empty() {
+        document.set("tenant", form.get("tenant").into());
     }
     let patterns = patterns(form);
     if !patterns.is_empty() {

@@ -34,11 +34,13 @@ pub(super) struct Sheet<'a> {
     /// The form was kept while its browser was signed out.
     pub(super) is_kept: bool,
     pub(super) preview: Preview,
+    /// Events have tenants.
+    pub(super) tenants: bool,
 }
 
 impl Sheet<'_> {
     pub(super) fn answer(self) -> Response {
-        let Self { session, name, form, came, is_kept, preview } = self;
+        let Self { session, name, form, came, is_kept, preview, tenants } = self;
         let came = came.map(|came| came.map_err(of_form));
         let refusal = came.as_ref().and_then(|came| came.as_ref().err());
         let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
@@ -60,7 +62,7 @@ impl Sheet<'_> {
                         (form_key(session))
                         (draft_field(form))
                         @if name.is_some() { input type="hidden" name=(VERSION) value=(form.get(VERSION)); }
-                        (fields(form, name, &Mistakes(refusal)))
+                        (fields(form, name, &Mistakes(refusal), tenants))
                         div.deeds {
                             button.first { "Save" }
                             a.button href=(back) { "Back" }
@@ -118,7 +120,7 @@ fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
     }
 }
 
-fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
+fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
     let is_new = name.is_none();
     let chosen = |field: &str, value: &str| form.get(field) == value;
     html! {
@@ -141,6 +143,9 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
             textarea id="events" name="events" rows="3" spellcheck="false" placeholder="user.*" aria-invalid=[mistakes.is_wrong("events")] aria-describedby=[mistakes.described_by("events")] { "\n" (form.get("events")) }
             span.hint { "Patterns of types, one a line: * is one word, # any number of words. Empty: all events." }
             (mistakes.beside("events"))
+        }
+        @if is_new && (tenants || !form.get("tenant").is_empty()) {
+            (line(form.get("tenant"), mistakes, "tenant", "Tenant", "acct-123", "It gets the events of this tenant and no others. Empty: those of all. It stays."))
         }
         div.field {
             label for="signature" { "Signature" }

@@ -1,6 +1,7 @@
 //! Deliveries and the patterns of subscribers.
 
 use super::*;
+use crate::event::Pattern;
 
 #[tokio::test]
 async fn a_delivery_is_what_its_changes_made_it() {
@@ -134,7 +135,8 @@ async fn patterns_are_kept_with_the_times_in_which_they_held() {
     let store = start(config(dir.path())).await;
     let name = |name| SubscriberName::try_new(name).expect("a name");
     let patterns = |all: &[&str]| {
-        all.iter().map(|p| Pattern::try_new(p).expect("a pattern")).collect::<Vec<_>>()
+        let patterns = all.iter().map(|p| Pattern::try_new(p).expect("a pattern"));
+        Interest { patterns: patterns.collect(), tenant: None }
     };
     let at = |hours: u32| time(millis(now() - HOUR * (10 - hours)));
     let times = [at(1), at(2), at(3)];
@@ -148,8 +150,10 @@ async fn patterns_are_kept_with_the_times_in_which_they_held() {
         store.subscribed(wanted, at + HOUR / 2).await.expect("nothing changes");
     }
     let found = store.subscriptions().await.expect("reads");
-    let found: Vec<_> =
-        found.iter().map(|s| (&*s.subscriber, s.patterns.len(), s.from, s.until)).collect();
+    let found: Vec<_> = found
+        .iter()
+        .map(|s| (&*s.subscriber, s.interest.patterns.len(), s.from, s.until))
+        .collect();
     assert_eq!(
         found,
         [

@@ -1,6 +1,7 @@
 //! Events counted by their hours.
 
 use super::{chunk::Chunk, *};
+use crate::event::Pattern;
 
 /// The whole hour before now.
 fn this_hour() -> SystemTime {

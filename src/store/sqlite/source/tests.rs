@@ -1,6 +1,7 @@
 //! Events whose bytes are in the log of the embedded queue.
 
 use super::*;
+use crate::event::Pattern;
 
 /// A log of events in memory, and the most bytes of bodies that one of its answers had.
 #[derive(Clone, Default)]

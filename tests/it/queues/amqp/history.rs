@@ -89,6 +89,7 @@ impl Running {
             message_id: Some(clock::event_id()),
             body: Bytes::copy_from_slice(body.as_bytes()),
             traceparent: None,
+            tenant: None,
         };
         self.queue.publish(vec![event]).await.unwrap_or_else(|e| panic!("{e}"))[0]
     }

@@ -567,3 +567,50 @@ fn large_events_are_taken_a_few_at_a_time() {
         assert!(daemon.stop().await.success());
     });
 }
+
+#[test]
+fn the_tenant_of_a_message_is_a_header_of_text() {
+    run(async {
+        let broker = Broker::shared();
+        let queue = Through::with(
+            &broker,
+            &format!("exchange = \"{}\"\ntenant = {{ header = \"Tenant\" }}\n", broker.exchange),
+        );
+        let (of_a, of_all) = (Receiver::accepting().await, Receiver::accepting().await);
+        let similar = Receiver::accepting().await;
+        let tables = subscriber("a", &of_a.url, "tenant = \"42\"")
+            + &subscriber("b", &similar.url, "tenant = \"?42\"")
+            + &subscriber("c", &similar.url, "tenant = \"\u{fffd}42\"")
+            + &subscriber("all", &of_all.url, "");
+        let api = Api::new();
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &tables));
+        let _daemon = setup.start().await;
+        wait_consuming(&api).await;
+        let headers = [
+            Some(("Tenant", text("42"))),
+            Some(("Tenant", text("42 "))),
+            Some(("tenant", text("42"))),
+            Some(("Tenant", AMQPValue::LongLongInt(42))),
+            Some(("Tenant", AMQPValue::LongString(b"\xff42"[..].into()))),
+            Some(("Tenant", text(""))),
+            Some(("Tenant", text(&"x".repeat(100_000)))),
+            None,
+            Some(("Tenant", text("42"))),
+        ];
+        for (n, header) in (0..).zip(&headers) {
+            let mut table = FieldTable::default();
+            if let Some((name, value)) = header {
+                table.insert((*name).into(), value.clone());
+            }
+            let properties = BasicProperties::default().with_headers(table);
+            broker.put(&broker.exchange, TYPE, event(n).as_bytes(), properties).await;
+        }
+        let last = headers.len() as u64;
+        let all: Vec<u64> = (0..last).collect();
+        eventually("all of them", async || of_all.accepted().len() >= all.len()).await;
+        assert_eq!(of_all.accepted(), all);
+        assert_eq!(similar.accepted(), [0; 0]);
+        eventually("those of its tenant", async || of_a.accepted().len() >= 2).await;
+        assert_eq!(of_a.accepted(), [0, last - 1]);
+    });
+}
