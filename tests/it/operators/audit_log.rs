@@ -73,7 +73,7 @@ fn the_audit_log_is_exported_as_filtered_and_runs_nowhere() {
         assert_file(&csv, "text/csv", "csv");
         let lines = cells(&csv.text);
         let (head, rows) = lines.split_first().expect("a head");
-        assert_eq!((head.len(), rows.len()), (13, HOSTILE.len()), "{}", csv.text);
+        assert_eq!((head.len(), rows.len()), (14, HOSTILE.len()), "{}", csv.text);
         for (row, text) in rows.iter().rev().zip(HOSTILE) {
             assert_eq!(row.len(), head.len(), "{row:?}");
             for cell in row {

@@ -248,3 +248,45 @@ fn a_name_with_another_tenant_gets_nothing_until_it_has_its_own_again() {
         assert_eq!(to["a"].requests()[tried].numbers(), [0]);
     });
 }
+
+/// The number of tenants; docs/guarantees.md has the figures of 10,000.
+fn many() -> u64 {
+    std::env::var("HOOKTRAIL_TENANTS").map_or(1000, |n| n.parse().expect("a number"))
+}
+
+#[test]
+fn each_of_many_tenants_gets_exactly_its_ten_events() {
+    run(async {
+        let (queue, api, many) = (Embedded::new(), Api::new(), many());
+        let sink = Receiver::accepting().await;
+        let place = "{ pointer = \"/resource/type\" }";
+        let table = |n: u64| {
+            let more = format!("tenant = \"t{n}\"\nheaders = {{ X-Of = \"t{n}\" }}");
+            subscriber(&format!("t{n}"), &sink.url, &more)
+        };
+        let setup = setup(&queue, &api, place, &(0..many).map(table).collect::<String>());
+        let _daemon = setup.start().await;
+        // Event n is of tenant n modulo their number.
+        let of_tenant = |n: u64| {
+            let tenant = format!("\"type\":\"t{}\",\"name\":\"John", n % many);
+            event(n).replacen("\"type\":\"user\",\"name\":\"John", &tenant, 1)
+        };
+        let all: Vec<String> = (0..many * 10).map(of_tenant).collect();
+        for some in all.chunks(5000) {
+            let body = format!("{{\"events\":[{}]}}", some.join(","));
+            let answer = send(&api, "POST", "/api/v1/events", &[], &body).await;
+            let expected = format!("{{\"accepted\":{},\"unmatched\":0}}", some.len());
+            assert_eq!((answer.status, answer.text.trim()), (202, &*expected));
+        }
+        sink.wait_all(many * 10).await;
+        let mut each: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+        for request in sink.requests() {
+            each.entry(request.header("x-of").to_owned()).or_default().extend(request.numbers());
+        }
+        assert_eq!(each.len() as u64, many);
+        for n in 0..many {
+            let expected: Vec<u64> = (0..10).map(|k| n + k * many).collect();
+            assert_eq!(each[&format!("t{n}")], expected, "of tenant {n}");
+        }
+    });
+}
