@@ -388,7 +388,7 @@ impl<Q: Queue, S: Store> Again<Q, S> {
         let delivery = self.store.delivery(id).await.map_err(away)?;
         let delivery = delivery.ok_or_else(|| missing("history has no delivery with this id"))?;
         let subscriber = self.subscriber(&delivery.subscriber)?;
-        let batch = resend::rebuild(&self.store, &delivery, subscriber.event_ids).await;
+        let batch = resend::rebuild(&self.store, &delivery, &subscriber).await;
         let batch = batch.map_err(|why| not_resent(why, &delivery.subscriber))?;
         let resent = Resent {
             id: batch.id.to_string(),

@@ -237,17 +237,17 @@ pub enum State {
 }
 
 impl State {
-    /// The names of all that this version knows.
-    pub const NAMES: [&str; 9] = [
-        "starting",
-        "ok",
-        "waiting",
-        "retrying",
-        "circuit_open",
-        "held",
-        "paused",
-        "queue_fails",
-        "inactive",
+    /// All that this version knows.
+    pub const KNOWN: [Self; 9] = [
+        Self::Starting,
+        Self::Ok,
+        Self::Waiting,
+        Self::Retrying,
+        Self::CircuitOpen,
+        Self::Held,
+        Self::Paused,
+        Self::QueueFails,
+        Self::Inactive,
     ];
 
     pub fn name(&self) -> &str {

@@ -414,6 +414,11 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
             let why = format!("subscriber `{name}` is not configured any more");
             return self.fail(replay, why).await;
         };
+        if subscriber.tenant != replay.order.tenant {
+            let why =
+                format!("subscriber `{name}` is not the same any more: it has another tenant");
+            return self.fail(replay, why).await;
+        }
         if is_paused(&self.queue, &subscriber) {
             return Ok(Stepped::Waits);
         }
@@ -610,6 +615,7 @@ mod tests {
     use crate::{
         config::testing,
         delivery::{Batch, Pause, Reason},
+        event::Tenant,
         queue::fake::Fake,
         store::{
             Added, Change, Contents, DeliveryChange, NewRow, fake::FakeStore,
@@ -892,6 +898,31 @@ mod tests {
         change(ReplayChange::Continued).await.expect("changes");
         let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
         assert_eq!((done.enqueued, world.queue.enqueued().len()), (50, 17));
+    }
+
+    #[tokio::test]
+    async fn a_replay_never_goes_on_to_a_subscriber_of_another_tenant_with_the_same_name() {
+        let world = World::with_events(200).await;
+        world.add("rpl_1", 200).await;
+        let mut other = testing::subscriber("a", "");
+        other.tenant = Tenant::try_new("B");
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        world.queue.take_enqueued("a");
+        world.subscribers.send_replace(vec![Arc::new(other)].into());
+        let failed = world.until_state(&mut daemon, "rpl_1", "failed").await;
+        assert!(
+            matches!(&failed.state, ReplayState::Failed(why) if why.contains("another tenant")),
+            "{failed:?}"
+        );
+        world
+            .store
+            .change_replay("rpl_1", ReplayChange::Continued, clock::now())
+            .await
+            .expect("is stored");
+        settle(&mut daemon).await;
+        assert_eq!(world.replay("rpl_1").await.state.name(), "failed");
+        assert_eq!(world.queue.enqueued().len(), 0, "it got nothing");
     }
 
     #[tokio::test]

@@ -11,8 +11,9 @@ use sha2::{Digest as _, Sha256};
 use super::replay::as_sent;
 use crate::{
     clock,
+    config::Subscriber,
     delivery::{AttemptLog, Batch, Print, Reason},
-    event::payload::Format,
+    event::{Tenant, payload::Format},
     store::{
         Delivery, DeliveryState, EventFilter, EventNumber, EventRow, Gap, MAX_ROWS, Store,
         StoreError,
@@ -48,15 +49,15 @@ impl From<StoreError> for NotResent {
     }
 }
 
-/// The batch of a delivery, with the same id and the same bytes. `event_ids`: whether the
-/// subscriber's events get their ids today.
+/// The batch of a delivery, with the same id and the same bytes, for its subscriber as that is today:
+/// of events of another tenant nothing is sent to it, whatever it had once.
 ///
 /// # Errors
 /// It is not finished; or what history has makes other bytes; or the store cannot be read.
 pub async fn rebuild<S: Store>(
     store: &S,
     delivery: &Delivery,
-    event_ids: bool,
+    subscriber: &Subscriber,
 ) -> Result<Batch, NotResent> {
     match delivery.state {
         // It may have ended; a receiver that remembers ids takes it once in any case.
@@ -78,7 +79,7 @@ pub async fn rebuild<S: Store>(
     let Some((format, sha256)) = contents.format.zip(contents.sha256) else {
         return Err(NotResent::NotTheSame(unseen(store, delivery).await?));
     };
-    let mut hunt = Hunt::new(prints, format, sha256, event_ids);
+    let mut hunt = Hunt::new(prints, format, sha256, subscriber);
     let body = hunt.search(store, delivery, clock::instant() + SEARCH_TIME).await?;
     Ok(Batch {
         id: delivery.id.clone(),
@@ -170,6 +171,8 @@ struct Hunt<'p> {
     format: Format,
     sha256: [u8; 32],
     event_ids: bool,
+    /// Of this tenant's events alone.
+    tenant: Option<Tenant>,
     /// The rows with these prints, the latest first.
     rows: Vec<EventRow>,
     /// The latest row of each print.
@@ -181,12 +184,13 @@ struct Hunt<'p> {
 }
 
 impl<'p> Hunt<'p> {
-    fn new(prints: &'p [Print], format: Format, sha256: [u8; 32], event_ids: bool) -> Self {
+    fn new(prints: &'p [Print], format: Format, sha256: [u8; 32], subscriber: &Subscriber) -> Self {
         Self {
             prints,
             format,
             sha256,
-            event_ids,
+            event_ids: subscriber.event_ids,
+            tenant: subscriber.tenant.clone(),
             rows: Vec::new(),
             found: HashMap::new(),
             untried: 0,
@@ -203,7 +207,7 @@ impl<'p> Hunt<'p> {
     ) -> Result<Option<Vec<u8>>, StoreError> {
         let wanted: HashSet<&Print> = self.prints.iter().collect();
         let until = delivery.begun_at.checked_add(LATE);
-        let filter = EventFilter { until, ..EventFilter::default() };
+        let filter = EventFilter { until, tenant: self.tenant.clone(), ..EventFilter::default() };
         let mut before = None;
         loop {
             let was_complete = self.found.len() == wanted.len();
@@ -298,9 +302,10 @@ impl<'p> Hunt<'p> {
             }
             0 => "its events make other bytes than those that were sent".to_owned(),
             missing => format!(
-                "history has {found} of its {} events: {missing} were removed, or not found in {} s",
+                "history has {found} of its {} events: {missing} were removed, or not found in {} s{}",
                 self.prints.len(),
-                SEARCH_TIME.as_secs()
+                SEARCH_TIME.as_secs(),
+                if self.tenant.is_some() { ", or are not of the subscriber's tenant" } else { "" }
             ),
         }
     }
@@ -316,7 +321,14 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::store::{Change, Contents, DeliveryChange, NewRow, fake::FakeStore};
+    use crate::{
+        config::testing,
+        store::{Change, Contents, DeliveryChange, NewRow, fake::FakeStore},
+    };
+
+    fn today(event_ids: bool) -> Subscriber {
+        Subscriber { event_ids, ..testing::subscriber("a", "") }
+    }
 
     const EVENTS: [&str; 3] =
         [r#"{"event":"user.a","n":1}"#, "{ \"event\":\n\"user.b\" }", r#"{"event":"user.c"}"#];
@@ -380,11 +392,32 @@ mod tests {
             let (delivery, body) = sent(&store, format, event_ids).await;
             store.append(vec![new("{}", 9); 2000]).await.expect("appends");
             for today in [true, false] {
-                let batch = rebuild(&store, &delivery, today).await.expect("rebuilds");
+                let batch =
+                    rebuild(&store, &delivery, &self::today(today)).await.expect("rebuilds");
                 assert_eq!((batch.id.as_str(), &batch.body[..]), ("msg_1", &body[..]));
                 assert!(batch.replay && batch.attempts == 0 && batch.events == 3);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_batch_of_another_tenants_events_is_not_rebuilt_though_its_own_have_the_same_bytes() {
+        let store = FakeStore::default();
+        let tenant = |name: &str| Tenant::try_new(name);
+        let body = r#"{"event":"user.a"}"#;
+        let of = |name: &str, n| NewRow { tenant: tenant(name), ..new(body, n) };
+        store.append(vec![of("A", 1)]).await.expect("appends");
+        let sent = Format::Json.splice([body.as_bytes()].into_iter(), 0);
+        let prints = vec![Print::of(body.as_bytes())];
+        let delivery = delivery(&store, Format::Json, &sent, prints).await;
+        let with = |name: &str| Subscriber { tenant: tenant(name), ..today(false) };
+        for (name, is_its) in [("A", true), ("B", false), ("", true)] {
+            let rebuilt = rebuild(&store, &delivery, &with(name)).await;
+            assert_eq!(rebuilt.is_ok(), is_its, "{name}: {rebuilt:?}");
+        }
+        store.append(vec![of("B", 2)]).await.expect("appends");
+        let rebuilt = rebuild(&store, &delivery, &with("B")).await.expect("of its own event");
+        assert_eq!(rebuilt.body, sent);
     }
 
     #[tokio::test]
@@ -432,7 +465,7 @@ mod tests {
             store.append(rows).await.expect("appends");
             let body = Format::Json.splice(sent.iter().map(|b| &b[..]), 0);
             let delivery = delivery(&store, Format::Json, &body, prints).await;
-            let batch = rebuild(&store, &delivery, true).await;
+            let batch = rebuild(&store, &delivery, &today(true)).await;
             let batch = batch.unwrap_or_else(|e| panic!("{of:?}: {e:?}"));
             assert_eq!(batch.body, body, "{of:?}");
         }
@@ -457,7 +490,7 @@ mod tests {
             let change = DeliveryChange { id: id.clone(), subscriber: "a".into(), at, change };
             store.record(vec![change]).await.expect("records");
             let delivery = store.delivery(id.as_str()).await.expect("reads").expect("is there");
-            match rebuild(&store, &delivery, false).await {
+            match rebuild(&store, &delivery, &today(false)).await {
                 Err(NotResent::NotTheSame(why)) => why,
                 other => panic!("{other:?}"),
             }
@@ -492,7 +525,7 @@ mod tests {
     async fn what_is_missing_or_other_bytes_are_said() {
         let store = FakeStore::default();
         let (delivery, _) = sent(&store, Format::Json, false).await;
-        let why = async |delivery: &Delivery| match rebuild(&store, delivery, false).await {
+        let why = async |delivery: &Delivery| match rebuild(&store, delivery, &today(false)).await {
             Err(NotResent::NotTheSame(why)) => why,
             other => panic!("{other:?}"),
         };
@@ -507,13 +540,13 @@ mod tests {
         assert!(why(&delivery).await.contains("has 2 of its 3 events: 1 were removed"));
         let due = |at: std::time::SystemTime| DeliveryState::Retrying { due: at };
         let waits = Delivery { state: due(clock::now()), ..delivery.clone() };
-        let waits = rebuild(&store, &waits, false).await;
+        let waits = rebuild(&store, &waits, &today(false)).await;
         assert!(matches!(waits, Err(NotResent::StillUnderWay(_))), "{waits:?}");
         let overdue = Delivery { state: due(delivery.changed_at), ..delivery.clone() };
-        let overdue = rebuild(&store, &overdue, false).await;
+        let overdue = rebuild(&store, &overdue, &today(false)).await;
         assert!(matches!(overdue, Err(NotResent::NotTheSame(_))), "it may be resent: {overdue:?}");
         let waits = Delivery { state: DeliveryState::Paused, ..delivery };
-        let waits = rebuild(&store, &waits, false).await;
+        let waits = rebuild(&store, &waits, &today(false)).await;
         assert!(matches!(waits, Err(NotResent::StillUnderWay(_))), "{waits:?}");
     }
 }

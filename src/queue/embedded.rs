@@ -49,7 +49,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Rows, Statement, params};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 pub use self::{
@@ -116,6 +116,8 @@ struct Inner {
     removals: Removals,
     /// The subscribers that were prepared last.
     prepared: Mutex<BTreeSet<SubscriberName>>,
+    /// Those that have another tenant than what is left of them.
+    refused: Mutex<BTreeSet<SubscriberName>>,
     /// The latest session of each subscriber.
     lanes: Mutex<BTreeMap<SubscriberName, LaneRef>>,
     /// Brings events from elsewhere, alongside the lanes.
@@ -179,6 +181,7 @@ impl EmbeddedQueue {
             pause_states,
             removals,
             prepared,
+            refused: Mutex::default(),
             lanes,
             inflow: OnceLock::new(),
         })))
@@ -268,12 +271,13 @@ impl EmbeddedQueue {
         self.0.news.subscribe()
     }
 
-    /// Ends the segments of former configurations and begins segments for the current ones.
+    /// Ends the segments of former configurations and begins segments for the current ones. Returns the
+    /// subscribers that have none, because what is left of them is another tenant's.
     async fn bind(
         &self,
         subscribers: &[Arc<Subscriber>],
         only_missing: bool,
-    ) -> Result<(), QueueError> {
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let wanted: Vec<Wanted> = subscribers.iter().map(|s| Wanted::of(s)).collect();
         let removals = (!only_missing).then(|| self.0.removals.clone());
         let Synced { changes, refused } =
@@ -281,32 +285,43 @@ impl EmbeddedQueue {
         for change in changes {
             tracing::warn!("{change}");
         }
-        for why in refused {
+        let mut known = self.refused();
+        for (_, why) in refused.iter().filter(|(name, _)| !known.contains(name)) {
             tracing::error!("{why}");
         }
-        Ok(())
+        *known = refused.into_iter().map(|(name, _)| name).collect();
+        Ok(known.clone())
     }
 
-    /// Binds newly configured subscribers. `prepare` has bound them, unless the write failed.
+    /// Binds newly configured subscribers. `prepare` has bound them, unless the write failed, or what is
+    /// left of them is another tenant's: that may be delivered, or purged, at any time.
     async fn bind_again(&self, mut subscribers: watch::Receiver<Subscribers>) {
         let mut removals = self.0.removals.changes();
+        let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut some_lack = !self.refused().is_empty();
         loop {
+            let again = if some_lack { waits.grow() } else { Duration::ZERO };
             tokio::select! {
-                changed = subscribers.changed() => if changed.is_err() { return },
-                Ok(()) = removals.changed() => {}
+                changed = subscribers.changed() => match changed {
+                    Ok(()) => waits.reset(),
+                    Err(_) => return,
+                },
+                Ok(()) = removals.changed() => waits.reset(),
+                () = tokio::time::sleep(again), if some_lack => {}
             }
-            let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-            loop {
-                let current = subscribers.borrow_and_update().clone();
-                match self.bind(&current, false).await {
-                    Ok(()) => break,
-                    Err(e) => {
-                        tracing::warn!(error = %e, "newly configured subscribers are not bound yet; trying again")
-                    }
+            let current = subscribers.borrow_and_update().clone();
+            some_lack = match self.bind(&current, false).await {
+                Ok(refused) => !refused.is_empty(),
+                Err(e) => {
+                    tracing::warn!(error = %e, "newly configured subscribers are not bound yet; trying again");
+                    true
                 }
-                tokio::time::sleep(waits.grow()).await;
-            }
+            };
         }
+    }
+
+    fn refused(&self) -> MutexGuard<'_, BTreeSet<SubscriberName>> {
+        self.0.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The segments. Another process may change them at any time, so they are read in the
@@ -365,7 +380,7 @@ impl Queue for EmbeddedQueue {
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         // Before anything is changed: a refusal has changed nothing.
         let mut found = self.store().read(pause_states).await?;
-        self.bind(subscribers, false).await?;
+        let refused = self.bind(subscribers, false).await?;
         let names: BTreeSet<SubscriberName> = subscribers.iter().map(|s| s.name.clone()).collect();
         let before = std::mem::replace(
             &mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner),
@@ -386,7 +401,7 @@ impl Queue for EmbeddedQueue {
                 }
             }
         });
-        Ok(BTreeSet::new())
+        Ok(refused)
     }
 
     async fn background(
@@ -466,7 +481,7 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        self.bind(subscribers, true).await
+        self.bind(subscribers, true).await.map(drop)
     }
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
@@ -613,7 +628,7 @@ impl Queue for EmbeddedQueue {
                 return Ok(if open { Pruned::StillOpen } else { Pruned::Full });
             }
             {
-                for table in ["segment", "ahead", "retry", "dead", "standing"] {
+                for table in ["segment", "ahead", "retry", "dead", "standing", "tenancy"] {
                     db.execute(&format!("DELETE FROM {table} WHERE subscriber = ?1"), [&name])?;
                 }
             }
@@ -733,7 +748,7 @@ impl Wanted {
 struct Synced {
     changes: Vec<String>,
     /// Subscribers whose segments stay as they are, and why.
-    refused: Vec<String>,
+    refused: Vec<(SubscriberName, String)>,
 }
 
 /// Without `removals` only missing segments are added.
@@ -751,7 +766,8 @@ fn sync_segments(
     for Wanted { name, tenant, patterns } in wanted {
         let old = open.get(name);
         if let Err(recorded) = keep_tenant(db, name, tenant.as_ref(), old.is_some())? {
-            synced.refused.push(other_tenant(name, recorded.as_ref(), tenant.as_ref()));
+            let why = other_tenant(name, recorded.as_ref(), tenant.as_ref());
+            synced.refused.push((name.clone(), why));
             continue;
         }
         match old {
@@ -820,7 +836,8 @@ fn other_tenant(
     };
     format!(
         "subscriber `{subscriber}` is configured with {}, and what the queue has of it is from when it had {}; a name keeps its tenant: \
-         give the subscriber another name, or its old tenant again; nothing of it was changed, and it gets nothing meanwhile",
+         give the subscriber another name, or its old tenant again and restart the daemon, or purge what is left of it; nothing of it was \
+         changed, and it gets nothing meanwhile",
         text(configured),
         text(recorded)
     )
@@ -861,16 +878,11 @@ fn each_waiting(
     mut found: impl FnMut(i64) -> bool,
 ) -> rusqlite::Result<()> {
     let ahead = consumer::ahead(db, filter.subscriber)?;
-    let columns = "SELECT seq, type, only_for, tenant FROM event WHERE seq > ?1 AND seq <= ?2";
-    let of_tenant = filter.tenant.map_or("", |_| " AND tenant = ?3");
-    let mut query = db.prepare_cached(&format!("{columns}{of_tenant} ORDER BY seq"))?;
-    let mut rows = match filter.tenant {
-        Some(tenant) => query.query(params![after, upto, tenant])?,
-        None => query.query(params![after, upto])?,
-    };
+    let mut query = db.prepare_cached(&filter.select("seq, type, only_for"))?;
+    let mut rows = filter.query(&mut query, after, upto)?;
     while let Some(row) = rows.next()? {
         let seq = row.get(0)?;
-        let waits = filter.wants(&Addressed::read(row)?);
+        let waits = filter.wants(&filter.addressed(row)?);
         if waits && !ahead.iter().any(|run| run.contains(&seq)) && !found(seq) {
             break;
         }
@@ -926,12 +938,12 @@ struct Addressed<'e> {
 }
 
 impl<'e> Addressed<'e> {
-    /// Reads a row whose columns from the second on are `type, only_for, tenant`.
-    fn read(row: &'e Row<'_>) -> rusqlite::Result<Self> {
+    /// Reads a row whose columns from the second on are `type, only_for`.
+    fn read(row: &'e Row<'_>, tenant: Option<&'e str>) -> rusqlite::Result<Self> {
         Ok(Self {
             event_type: row.get_ref(1)?.as_str()?,
             only_for: row.get_ref(2)?.as_str_or_null()?,
-            tenant: row.get_ref(3)?.as_str_or_null()?,
+            tenant,
         })
     }
 
@@ -953,7 +965,35 @@ struct Filter<'s> {
     patterns: &'s [Pattern],
 }
 
-impl Filter<'_> {
+impl<'s> Filter<'s> {
+    /// The statement that reads these columns after one number and up to another, in their order. By an
+    /// index where it is for one tenant; the tenants of others are not read, since they are stored
+    /// behind the bodies.
+    fn select(&self, columns: &str) -> String {
+        let of_tenant = self.tenant.map_or("", |_| " AND tenant = ?3");
+        format!("SELECT {columns} FROM event WHERE seq > ?1 AND seq <= ?2{of_tenant} ORDER BY seq")
+    }
+
+    fn query<'q>(
+        &self,
+        select: &'q mut Statement<'_>,
+        after: i64,
+        upto: i64,
+    ) -> rusqlite::Result<Rows<'q>> {
+        match self.tenant {
+            Some(tenant) => select.query(params![after, upto, tenant]),
+            None => select.query(params![after, upto]),
+        }
+    }
+
+    /// Whom a row is for that its statement has found.
+    fn addressed<'e>(&self, row: &'e Row<'_>) -> rusqlite::Result<Addressed<'e>>
+    where
+        's: 'e,
+    {
+        Addressed::read(row, self.tenant.map(Tenant::as_str))
+    }
+
     fn wants(&self, event: &Addressed<'_>) -> bool {
         match event.only_for {
             Some(only) => only == self.subscriber,
@@ -1165,6 +1205,80 @@ mod tests {
         publish_of(&queue, &["A", "B", "B"]).await;
         events(2).await;
         queue.open(&with("B")[0], WINDOW).await.expect("opens");
+    }
+
+    #[tokio::test]
+    async fn a_tenants_lane_whose_bytes_are_used_up_waits_until_some_are_settled() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let all = of_tenants(&[("a", "A")]);
+        let (queue, _stop) = head::tests::running(&dir, &all);
+        queue.0.head.holds_at_most(0);
+        queue.prepare(&all).await.expect("prepares");
+        let large = || NewEvent {
+            event_type: "x".to_owned(),
+            message_id: None,
+            body: vec![b'x'; 4 << 20].into(),
+            traceparent: None,
+            tenant: Tenant::try_new("A"),
+        };
+        for _ in 0..20 {
+            queue.publish(vec![large()]).await.expect("publishes");
+        }
+        let (mut source, settler) = queue.open(&all[0], WINDOW).await.expect("opens");
+        let mut receipts = Vec::new();
+        while receipts.len() < 16 {
+            receipts.extend(head::tests::take(&mut source).await);
+        }
+        assert_eq!(receipts.len(), 16);
+        let (mut none, mut polls) = (Vec::new(), 0);
+        let waits = async {
+            let mut taking = std::pin::pin!(source.take(&mut none, 100));
+            std::future::poll_fn(|context| {
+                polls += 1;
+                taking.as_mut().poll(context)
+            })
+            .await
+        };
+        tokio::time::timeout(Duration::from_millis(500), waits).await.expect_err("it waits");
+        assert!(none.is_empty() && polls < 50, "{polls} looks within a moment");
+        head::tests::settle(&settler, receipts).await;
+        assert!(!head::tests::take(&mut source).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_was_refused_gets_its_events_as_soon_as_nothing_is_left_of_its_other_tenant()
+     {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (of_a, of_b) = (of_tenants(&[("a", "A")]), of_tenants(&[("a", "B")]));
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        queue.prepare(&of_a).await.expect("prepares");
+        publish_of(&queue, &["A"]).await;
+        let none = of_tenants(&[]);
+        configure(&queue, &none);
+        queue.prepare(&none).await.expect("prepares");
+        configure(&queue, &of_b);
+        let refused = queue.prepare(&of_b).await.expect("prepares");
+        assert_eq!(refused, ["a".into()].into());
+        let (_configured, current) = watch::channel(of_b.clone());
+        let binding = queue.clone();
+        tokio::spawn(async move { binding.bind_again(current).await });
+        queue.open(&of_b[0], WINDOW).await.expect_err("is another's");
+        let (mut source, settler) = queue.open(&of_a[0], WINDOW).await.expect("opens");
+        let receipts = take(&mut source).await;
+        settler.settle(receipts, Settlement::Delivered).await.expect("settles");
+        queue.0.keeper.store_all().await.expect("writes");
+        drop(source);
+        let bound = async {
+            while queue.open(&of_b[0], WINDOW).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), bound).await.expect("is bound");
+        assert_eq!(
+            publish_of(&queue, &["B", "A"]).await,
+            [Published::Stored, Published::Unmatched]
+        );
     }
 
     #[tokio::test]

@@ -295,7 +295,9 @@ impl Reloader {
         let log = LogConfig { level: new.log.level, ..old.log };
         let AdminConfig { max_subscribers, api_subscribers, .. } = new.admin;
         let admin = AdminConfig { max_subscribers, api_subscribers, ..old.admin.clone() };
-        let new = Config { queue: old.queue.clone(), admin, log, ..new };
+        let mut queue = old.queue.clone();
+        queue.embedded.tenants_required = new.queue.embedded.tenants_required;
+        let new = Config { queue, admin, log, ..new };
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
         drop(changing); // Until here both configurations' patterns count as bound.
@@ -351,8 +353,8 @@ impl Reloader {
         let of_others = changed.iter().flat_map(|changes| &changes.changes);
         if let Some(change) = of_others.into_iter().find(|c| c.keys.contains(&"tenant")) {
             return Err(Unchanged::Wrong(format!(
-                "subscriber `{}` has another `tenant`: a name keeps its tenant, since what waits for it is of that; give the subscriber another name; \
-                 nothing of the new configuration is in use",
+                "subscriber `{}` has another `tenant`: a name keeps its tenant, since what waits for it is of that: give the subscriber another name, or restart \
+                 the daemon if the queue has refused it; nothing of the new configuration is in use",
                 change.subscriber
             )));
         }

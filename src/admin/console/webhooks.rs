@@ -140,7 +140,7 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
                 label for="state" { "State" }
                 select id="state" name="state" aria-invalid=[mistakes.is_wrong("state")] aria-describedby=[mistakes.described_by("state")] {
                     option value="" { "any" }
-                    @for name in SubscriberState::NAMES { option value=(name) selected[form.get("state") == name] { (name.replace('_', " ")) } }
+                    @for state in SubscriberState::KNOWN { option value=(state.name()) selected[form.get("state") == state.name()] { (state.name().replace('_', " ")) } }
                 }
                 (mistakes.beside("state"))
             }
@@ -149,6 +149,7 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
                 @if form.is_filled() { a.button href=(Place::Webhooks.path()) { "Clear" } }
             }
             (mistakes.of_others(&SHOWN))
+            (form.others(&SHOWN))
         }
     }
 }

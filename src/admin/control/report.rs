@@ -32,12 +32,25 @@ const MAX_SELECTED: usize = 10_000;
 
 impl<Q: Queue, S: Store> Control<Q, S> {
     pub(in crate::admin) async fn overview(&self) -> Overview {
+        self.selected(&Which::default()).await
+    }
+
+    /// The same with some of the subscribers alone.
+    pub(in crate::admin) async fn selected(&self, which: &Which) -> Overview {
         let (polled, history) = tokio::join!(self.board.depths(clock::now()), self.history.read());
         let config = self.reloader.config();
         let managed = self.reloader.managed();
         let view = |s: &Arc<Subscriber>| self.subscriber_view(s, &managed, polled.as_ref());
-        let subscribers =
-            config.subscribers.iter().map(view).chain(self.inactive(&managed)).collect();
+        let named = config.subscribers.iter().filter(|s| which.may_be(&s.name, s.tenant.as_ref()));
+        let mut named: Vec<_> = named.collect();
+        // Views of very many take long.
+        if let Some(limit) = which.limit.filter(|_| which.state.is_none()) {
+            named.sort_by(|a, b| a.name.cmp(&b.name));
+            named.truncate(limit + 1);
+        }
+        let mut subscribers: Vec<_> =
+            named.into_iter().map(view).chain(self.inactive(&managed)).collect();
+        let next = which.select(&mut subscribers);
         let depths = polled.as_ref().and_then(|l| l.depths.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
         let removed = removed.filter(|(name, _)| managed.get(name).is_none());
@@ -58,16 +71,9 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             },
             history: Some(history),
             subscribers,
-            next: None,
+            next,
             removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
         }
-    }
-
-    /// The same with some of the subscribers alone.
-    pub(in crate::admin) async fn selected(&self, which: &Which) -> Overview {
-        let mut found = self.overview().await;
-        which.select(&mut found);
-        found
     }
 
     /// The subscribers that were made over the API, and do not run.
@@ -190,8 +196,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
 #[derive(Debug, Default)]
 pub(in crate::admin) struct Which {
     tenant: Option<Tenant>,
-    /// The name of a state.
-    state: Option<String>,
+    state: Option<State>,
     /// Those whose names come after this one, in the order of their names.
     after: Option<String>,
     limit: Option<usize>,
@@ -200,9 +205,11 @@ pub(in crate::admin) struct Which {
 impl FromQuery for Which {
     fn from_query(given: &mut Parameters) -> Self {
         let state = |text: &str| {
-            let is_known = State::NAMES.contains(&text);
-            let wrong = || format!("must be one of {}", State::NAMES.join(", "));
-            is_known.then(|| text.to_owned()).ok_or_else(wrong)
+            let found = State::KNOWN.into_iter().find(|state| state.name() == text);
+            found.ok_or_else(|| {
+                let names: Vec<_> = State::KNOWN.iter().map(|s| s.name().to_owned()).collect();
+                format!("must be one of {}", names.join(", "))
+            })
         };
         Self {
             tenant: given.take("tenant", tenant),
@@ -219,21 +226,25 @@ impl Which {
         Self { limit: self.limit.or(Some(limit)), ..self }
     }
 
-    fn select(&self, found: &mut Overview) {
-        let Self { tenant, state, after, limit } = self;
-        let all = &mut found.subscribers;
+    /// Whether one with this name and tenant may be among them.
+    fn may_be(&self, name: &str, tenant: Option<&Tenant>) -> bool {
+        (self.tenant.is_none() || self.tenant.as_ref() == tenant)
+            && self.after.as_ref().is_none_or(|after| name > after.as_str())
+    }
+
+    /// Returns the name after which the list goes on.
+    fn select(&self, all: &mut Vec<view::Subscriber>) -> Option<String> {
         all.retain(|s| {
-            tenant.as_ref().is_none_or(|tenant| s.tenant.as_deref() == Some(tenant.as_str()))
-                && state.as_ref().is_none_or(|state| s.state.name() == state)
-                && after.as_ref().is_none_or(|after| s.subscriber > *after)
+            let tenant = s.tenant.as_deref().and_then(Tenant::try_new);
+            self.may_be(&s.subscriber, tenant.as_ref())
+                && self.state.as_ref().is_none_or(|state| s.state == *state)
         });
-        if after.is_some() || limit.is_some() {
+        if self.after.is_some() || self.limit.is_some() {
             all.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
         }
-        if let Some(limit) = limit.filter(|limit| all.len() > *limit) {
-            all.truncate(limit);
-            found.next = all.last().map(|s| s.subscriber.clone());
-        }
+        let limit = self.limit.filter(|limit| all.len() > *limit)?;
+        all.truncate(limit);
+        all.last().map(|s| s.subscriber.clone())
     }
 }
 

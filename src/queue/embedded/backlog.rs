@@ -156,13 +156,15 @@ fn each_event(
     }
     let first = segments.iter().map(|segment| segment.after).min().unwrap_or(0);
     let last = segments.iter().map(|segment| segment.upto).max().unwrap_or(0);
-    let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for, tenant FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
-    )?;
+    // A tenant is stored behind its event's body.
+    let tenant = if segments.iter().any(|s| s.tenant.is_some()) { "tenant" } else { "NULL" };
+    let mut query = db.prepare_cached(&format!(
+        "SELECT seq, type, only_for, {tenant} FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq"
+    ))?;
     let mut rows = query.query([first, last])?;
     while let Some(row) = rows.next()? {
         let seq = row.get(0)?;
-        let event = Addressed::read(row)?;
+        let event = Addressed::read(row, row.get_ref(3)?.as_str_or_null()?)?;
         if let Some(only) = event.only_for {
             by_name.get(only).into_iter().flatten().for_each(|segment| found(segment, seq));
         } else {

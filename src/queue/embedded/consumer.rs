@@ -18,7 +18,7 @@ use rusqlite::{Connection, Row, params};
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 use super::{
-    Addressed, EmbeddedQueue, Filter,
+    EmbeddedQueue, Filter,
     budget::{COST, Share},
     from_millis,
     head::{Head, Offered, Pulled},
@@ -105,14 +105,14 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// Reads a row whose columns from the fifth on are `message_id, at, traceparent, body`.
+    /// Reads a row whose columns from the fourth on are `message_id, at, traceparent, body`.
     pub(super) fn read(row: &Row<'_>, seq: i64) -> rusqlite::Result<Self> {
         Ok(Self {
             seq,
-            message_id: row.get(4)?,
-            at: row.get(5)?,
-            traceparent: row.get(6)?,
-            body: Bytes::copy_from_slice(row.get_ref(7)?.as_blob()?),
+            message_id: row.get(3)?,
+            at: row.get(4)?,
+            traceparent: row.get(5)?,
+            body: Bytes::copy_from_slice(row.get_ref(6)?.as_blob()?),
             checked: None,
         })
     }
@@ -540,8 +540,9 @@ impl queue::Source for Source {
                 continue;
             };
             let found = self.query(Query::Both(max), allowed).await?;
-            // By its tenant it has come to the end of the log, which is in the ring.
-            let more = found.more || pulled == Pulled::Tenant;
+            // It goes on with the ring, where it has come to; and waits for room where it has not.
+            let has_moved = found.scanned > self.shared.taken().scanned;
+            let more = found.more || (pulled == Pulled::Tenant && has_moved);
             self.hand_over(found, into);
             self.shared.share.took(0);
             if into.len() > before {
@@ -891,15 +892,9 @@ fn scan(
     found: &mut Found,
 ) -> rusqlite::Result<bool> {
     // The bytes of what history alone has are not read: they may be most of the log.
-    let columns = "SELECT seq, type, only_for, tenant, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event";
-    let of_tenant = filter.tenant.map_or("", |_| " AND tenant = ?4");
-    let mut query = db.prepare_cached(&format!(
-        "{columns} WHERE seq > ?1 AND seq <= ?2{of_tenant} ORDER BY seq LIMIT ?3"
-    ))?;
-    let mut rows = match filter.tenant {
-        Some(tenant) => query.query(params![after, upto, SCAN, tenant])?,
-        None => query.query(params![after, upto, SCAN])?,
-    };
+    let columns = "seq, type, only_for, message_id, at, traceparent, iif(only_for = '', x'', body)";
+    let mut query = db.prepare_cached(&format!("{} LIMIT {SCAN}", filter.select(columns)))?;
+    let mut rows = filter.query(&mut query, after, upto)?;
     let mut scanned = 0;
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
@@ -909,8 +904,8 @@ fn scan(
         scanned += 1;
         let seq: i64 = row.get(0)?;
         let is_settled = || ahead.iter().any(|run| run.contains(&seq));
-        let is_wanted = filter.wants(&Addressed::read(row)?) && !is_settled();
-        if is_wanted && !load.allows(row.get_ref(7)?.as_blob()?.len()) {
+        let is_wanted = filter.wants(&filter.addressed(row)?) && !is_settled();
+        if is_wanted && !load.allows(row.get_ref(6)?.as_blob()?.len()) {
             return Ok(false);
         }
         found.scanned = seq;

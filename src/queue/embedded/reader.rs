@@ -189,7 +189,8 @@ fn read_events(
     wanted: impl Fn(&[u32]) -> bool,
 ) -> rusqlite::Result<()> {
     let mut query = db.prepare_cached(
-        "SELECT seq, type, only_for, tenant, message_id, at, traceparent, iif(only_for = '', x'', body) FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+        "SELECT seq, type, only_for, message_id, at, traceparent, iif(only_for = '', x'', body), iif(only_for = '', NULL, tenant) FROM event \
+         WHERE seq > ?1 ORDER BY seq LIMIT ?2",
     )?;
     let mut rows = query.query(params![read.upto, SCAN])?;
     let (mut count, mut bytes) = (0, 0);
@@ -200,7 +201,9 @@ fn read_events(
         }
         count += 1;
         read.upto = row.get(0)?;
-        let owners = read.segments.owners(read.upto, &Addressed::read(row)?);
+        let owners = read
+            .segments
+            .owners(read.upto, &Addressed::read(row, row.get_ref(7)?.as_str_or_null()?)?);
         // What history alone has was read without its bytes: that may be most of the log.
         if !owners.is_empty() && wanted(&owners) {
             let mut event = Stored::read(row, read.upto)?;

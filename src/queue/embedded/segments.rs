@@ -250,7 +250,7 @@ mod tests {
         let mut events = query.query([])?;
         while let Some(event) = events.next()? {
             let seq: i64 = event.get(0)?;
-            let addressed = Addressed::read(event)?;
+            let addressed = Addressed::read(event, event.get_ref(3)?.as_str_or_null()?)?;
             let owners = segments.owners(seq, &addressed);
             for name in NAMES {
                 if cursor(db, name)?.is_none_or(|cursor| seq <= cursor) {

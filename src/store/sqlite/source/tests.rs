@@ -1,7 +1,7 @@
 //! Events whose bytes are in the log of the embedded queue.
 
 use super::*;
-use crate::event::Pattern;
+use crate::event::{Pattern, Tenant};
 
 /// A log of events in memory, and the most bytes of bodies that one of its answers had.
 #[derive(Clone, Default)]
@@ -133,6 +133,28 @@ async fn events_of_a_log_are_read_from_there() {
     store.leave_the_queue().await;
     assert!(Arc::strong_count(&log.0) < open, "its readers are closed");
     assert!(store.event(EventNumber(3)).await.is_err_and(|e| e.is_away()), "none is opened");
+}
+
+#[tokio::test]
+async fn the_events_of_a_tenant_are_found_by_its_exact_bytes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = Log::default();
+    let store = start(log.config(dir.path())).await;
+    let (long, longer) = ("x".repeat(255), "x".repeat(254) + "y");
+    let tenants = ["a", "A", " a", "a_61", "_", "ä", "a\u{308}", "\"", "42", &long, &longer, ""];
+    let mut rows = log.add(1..200);
+    for (row, tenant) in rows.iter_mut().zip(tenants.iter().cycle()) {
+        row.tenant = Tenant::try_new(tenant);
+        lock(&log.0).insert(row.number.expect("one").0, row.clone());
+    }
+    store.append(rows.clone()).await.expect("appends");
+    for tenant in tenants.iter().chain(&["b", "aA"]).filter(|tenant| !tenant.is_empty()) {
+        let of_tenant = |row: &&NewRow| row.tenant.as_ref().is_some_and(|t| t.as_str() == *tenant);
+        let expected: Vec<i64> =
+            rows.iter().rev().filter(of_tenant).map(|row| row.number.expect("one").0).collect();
+        let filter = EventFilter { tenant: Tenant::try_new(tenant), ..EventFilter::default() };
+        assert_eq!(numbers(&store, &filter).await, expected, "{tenant}");
+    }
 }
 
 #[tokio::test]
