@@ -72,7 +72,9 @@ async fn start(
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            let queue = fed(EmbeddedQueue::for_daemon(&config.queue.embedded)?, &config, &metrics);
+            let queue =
+                EmbeddedQueue::for_daemon(&config.queue.embedded)?.measured_by(metrics.clone());
+            let queue = fed(queue, &config, &metrics);
             deliver(queue.await?, config, level, metrics, signals).await
         }
         Backend::Amqp(amqp) => {

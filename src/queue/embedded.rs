@@ -81,11 +81,14 @@ use crate::{
         QueueError, Removals, ReplayFloor, WaitingList, Window,
     },
     store::EventNumber,
-    telemetry::{finding::Finding, troubles::Troubles},
+    telemetry::{finding::Finding, metrics::Metrics, troubles::Troubles},
 };
 
 /// Time between two polls for commits of other processes: `publish` and `dead` alongside a daemon.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Time between two reports of how the lanes are.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Time between two checks that the files are still at their paths; they are also checked each time
 /// that events are stored.
@@ -122,6 +125,8 @@ struct Inner {
     lanes: Mutex<BTreeMap<SubscriberName, LaneRef>>,
     /// Brings events from elsewhere, alongside the lanes.
     inflow: OnceLock<Arc<dyn Inflow>>,
+    /// Where it reports how its lanes are.
+    metrics: OnceLock<Metrics>,
 }
 
 impl EmbeddedQueue {
@@ -184,7 +189,29 @@ impl EmbeddedQueue {
             refused: Mutex::default(),
             lanes,
             inflow: OnceLock::new(),
+            metrics: OnceLock::new(),
         })))
+    }
+
+    /// Sets where it reports how its lanes are. Of no effect if that is set already.
+    #[must_use]
+    pub fn measured_by(self, metrics: Metrics) -> Self {
+        self.0.metrics.get_or_init(|| metrics);
+        self
+    }
+
+    /// Reports how the lanes are, each second.
+    async fn report_lanes(&self) {
+        let Some(metrics) = self.0.metrics.get() else { return };
+        let (mut reads, mut events) = (0, 0);
+        loop {
+            let (in_hand, in_line) = self.0.budget.use_now();
+            let (behind, all_reads, all_events) = self.0.head.behind();
+            metrics.set_lanes(in_hand, in_line, behind);
+            metrics.passed(all_reads - reads, all_events - events);
+            (reads, events) = (all_reads, all_events);
+            tokio::time::sleep(REPORT_INTERVAL).await;
+        }
     }
 
     /// Whether there is a database with undelivered events.
@@ -425,7 +452,8 @@ impl Queue for EmbeddedQueue {
                 self.keep_cursors(),
                 self.trim_periodically(),
                 self.bind_again(subscribers),
-                self.check_place()
+                self.check_place(),
+                self.report_lanes()
             )
         };
         let tasks = async {

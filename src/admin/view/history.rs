@@ -273,7 +273,7 @@ pub struct Whereabouts {
     /// The pause of the subscriber whose queue it waits in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subscriber_paused: Option<Paused>,
-    /// The patterns that did not match; empty if the subscriber was not configured then.
+    /// The patterns that the subscriber had then; empty if it was not configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patterns: Option<Vec<String>>,
     /// The tenant whose events alone the subscriber gets, if the event is not of that one.

@@ -99,6 +99,12 @@ impl Budget {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The bytes that count, and the lanes in line.
+    pub(super) fn use_now(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.used, state.line.len())
+    }
+
     /// Gives turns that nobody takes to the next in line, indefinitely.
     pub(super) async fn mind_the_line(&self) {
         let _minding = Minding::begin(self);

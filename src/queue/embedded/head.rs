@@ -58,8 +58,9 @@ struct State {
     offer: Option<Offer>,
     /// Counts the sessions that have come into `wants`.
     joined: u64,
-    /// Counts the parts of the log that were read for lanes behind the ring.
+    /// Counts the parts of the log that were read for lanes behind the ring, and the events in them.
     passes: u64,
+    passed: u64,
 }
 
 /// What a subscriber has still to take of the ring.
@@ -337,6 +338,14 @@ impl Head {
         state.forget();
     }
 
+    /// The lanes that are behind the ring; the parts of the log that were read for such lanes, and the
+    /// events in them.
+    pub(super) fn behind(&self) -> (usize, u64, u64) {
+        let state = self.state();
+        let behind = state.wants.iter().filter(|wants| wants.behind != Behind::No).count();
+        (behind, state.passes, state.passed)
+    }
+
     /// Until a lane waits for a part of the log.
     pub(super) async fn someone_is_behind(&self) {
         self.behind.notified().await;
@@ -368,6 +377,7 @@ impl Head {
     pub(super) fn offer(&self, mut read: Read) {
         let mut state = self.state();
         let state = &mut *state;
+        state.passed += read.events.len() as u64;
         // The other reader alone goes on to other segments.
         if !Arc::ptr_eq(&state.segments, &read.segments) {
             let indexes: Vec<_> =
@@ -474,6 +484,7 @@ impl Default for State {
             offer: None,
             joined: 0,
             passes: 0,
+            passed: 0,
         }
     }
 }

@@ -240,6 +240,27 @@ pub const ALL: &[Definition] = &[
         &[],
         "Events that wait in the RabbitMQ of `[queue] intake`, without those that a daemon has taken; each 10 s",
     ),
+    gauge(
+        "in_hand_bytes",
+        &[],
+        "Bytes of the events and batches that the subscribers of the embedded queue have in hand, as they count for the memory of all: above 64 MiB they take in turn; each second",
+    ),
+    gauge(
+        "lanes_in_line",
+        &[],
+        "Subscribers of the embedded queue that wait for their turn to take more; each second",
+    ),
+    gauge(
+        "lanes_behind",
+        &[],
+        "Subscribers for which older events are read from the embedded queue, which are not in memory any more; without those of a tenant, which read by themselves; each second",
+    ),
+    counter(
+        "pass_reads",
+        &[],
+        "Reads of the embedded queue for subscribers that are behind: each serves all that come by there",
+    ),
+    counter("pass_events", &[], "Events that these reads have found for them"),
     counter("config_reloads", &["result"], "Reloads of the configuration: success, failure"),
     gauge(
         "config_last_reload_successful",

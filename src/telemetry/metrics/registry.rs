@@ -275,6 +275,20 @@ impl Metrics {
         self.gauge("intake_queue_messages", &[]).set(messages as f64);
     }
 
+    /// What the lanes of the embedded queue have in hand, how many stand in line for more, and how many
+    /// are behind what is in memory.
+    pub fn set_lanes(&self, in_hand: usize, in_line: usize, behind: usize) {
+        self.gauge("in_hand_bytes", &[]).set(in_hand as f64);
+        self.gauge("lanes_in_line", &[]).set(in_line as f64);
+        self.gauge("lanes_behind", &[]).set(behind as f64);
+    }
+
+    /// Counts reads for lanes that are behind, and the events that they have found.
+    pub fn passed(&self, reads: u64, events: u64) {
+        self.counter("pass_reads", &[]).inc_by(reads);
+        self.counter("pass_events", &[]).inc_by(events);
+    }
+
     /// The configuration was read, at the start or by a reload.
     pub fn configured(&self, subscribers: usize, now: SystemTime) {
         self.gauge("subscribers", &[]).set(subscribers as f64);
@@ -398,6 +412,8 @@ mod tests {
         m.taken_in("stored", 1);
         m.set_intake_waiting(1);
         m.set_intake_up(true);
+        m.set_lanes(1, 2, 3);
+        m.passed(1, 2);
         m.set_held_removals(1);
         m.dropped_lines()(1);
         m.dropped_history("deliveries")(1);

@@ -105,7 +105,8 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     eventually("a poll", async || looked_at().await != before).await;
     queue.publish(TYPE, (5..8).map(event)).await;
     let reported = api.wait("paused", "what came since", |s| s["backlog"] == 8);
-    tokio::time::timeout(Duration::from_secs(5), reported).await.expect("it is reported soon");
+    // Before the next poll.
+    tokio::time::timeout(Duration::from_secs(8), reported).await.expect("it is reported soon");
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
     assert!(
@@ -695,6 +696,7 @@ fn the_api_is_as_its_document_describes_it() {
             "/api/v1/subscribers/open/retry",
             "/api/v1/subscribers/a/retry?limit=many",
             "/api/v1/subscribers?limit=1",
+            "/api/v1/subscribers?state=odd",
             "/api/v1/subscribers/a?limit=1",
             "/api/v1/reload?limit=1",
         ] {
