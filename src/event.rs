@@ -18,7 +18,7 @@ pub use self::{
     key::Key,
     pattern::{MAX_TYPE_LEN, Pattern},
     pointer::Pointer,
-    tenant::{MAX_TENANT, Tenant, TenantPlace},
+    tenant::{MAX_TENANT, NotATenant, Tenant, TenantPlace},
 };
 
 use std::{borrow::Cow, fmt, ops::Range};

@@ -17,7 +17,7 @@ use axum::{
 use super::{
     answer::{Refusal, answer},
     guard::{Caller, with_token},
-    query::{FromQuery, Parameters, Query, tenant},
+    query::{FromQuery, Parameters, Query},
     view::{Delivery, DeliveryList, Event, EventList, EventWhere, Reach},
 };
 use crate::{
@@ -92,7 +92,7 @@ pub(super) fn event_filter(given: &mut Parameters) -> EventFilter {
         event_type: given.take("type", Pattern::try_new),
         actor: given.take("actor", value),
         resource: given.take("resource", value),
-        tenant: given.take("tenant", tenant),
+        tenant: given.take("tenant", str::parse),
         id: given.take("id", value),
         text: given.take("text", text),
         since: given.take("since", time),

@@ -681,19 +681,18 @@ mod tests {
         assert!(refusal(deep, JSON).why.contains("1 of 1 event is not valid"));
     }
 
+    /// The intake of a running daemon without subscribers.
+    fn running(room: Arc<Semaphore>) -> (watch::Sender<Phase>, Intake<Fake>) {
+        let (sender, phase) = watch::channel(Phase::Running);
+        let none = watch::Sender::new(Subscribers::default()).subscribe();
+        let metrics = Metrics::new(clock::now());
+        (sender, Intake::new(Fake::default(), none, None, phase, metrics, room))
+    }
+
     #[tokio::test]
     async fn what_the_queue_does_not_take_is_answered_with_what_may_have_happened() {
-        let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
-        let no_subscribers = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake = Intake::new(
-            Fake::default(),
-            no_subscribers,
-            None,
-            phase,
-            Metrics::new(clock::now()),
-            room,
-        );
+        let (_phase, intake) = running(room);
         let mut headers = HeaderMap::new();
         headers.insert(
             header::CONTENT_TYPE,
@@ -718,17 +717,8 @@ mod tests {
 
     #[tokio::test]
     async fn many_small_events_count_for_what_they_take_in_memory() {
-        let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
-        let no_subscribers = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake = Intake::new(
-            Fake::default(),
-            no_subscribers,
-            None,
-            phase,
-            Metrics::new(clock::now()),
-            room.clone(),
-        );
+        let (_phase, intake) = running(room.clone());
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/jsonl"));
         let lines = "{\"event\":\"a\"}\n".repeat(MAX_EVENTS);

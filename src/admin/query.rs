@@ -28,10 +28,7 @@ use axum::{
 use url::form_urlencoded;
 
 use super::{answer::Refusal, view::FieldError};
-use crate::{
-    event::{MAX_TENANT, Tenant},
-    page::{Cursor, DEFAULT_LIMIT, List, MAX_LIMIT},
-};
+use crate::page::{Cursor, DEFAULT_LIMIT, List, MAX_LIMIT};
 
 /// The most mistakes that an answer lists.
 const MAX_ERRORS: usize = 20;
@@ -52,11 +49,6 @@ pub(super) trait FromQuery: Sized {
 /// The query of a request that takes no parameters.
 impl FromQuery for () {
     fn from_query(_: &mut Parameters) -> Self {}
-}
-
-/// Reads a tenant.
-pub(super) fn tenant(text: &str) -> Result<Tenant, String> {
-    Tenant::try_new(text).ok_or_else(|| format!("must have 1 to {MAX_TENANT} bytes"))
 }
 
 /// The parameters of a query, and the mistakes that were found in them.

@@ -2,8 +2,6 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use crate::event::{MAX_TENANT, Tenant};
-
 /// Checks the configuration's path, from `--config` or the environment.
 pub(super) fn file_name(text: &str) -> Result<PathBuf, &'static str> {
     if text.is_empty() {
@@ -38,11 +36,6 @@ pub(super) fn duration(text: &str) -> Result<Duration, &'static str> {
         return Duration::try_from_secs_f64(seconds).map_err(|_| EXPECTED);
     }
     humantime::parse_duration(text).map_err(|_| EXPECTED)
-}
-
-/// Parses a tenant.
-pub(super) fn tenant(text: &str) -> Result<Tenant, String> {
-    Tenant::try_new(text).ok_or_else(|| format!("must have 1 to {MAX_TENANT} bytes"))
 }
 
 #[cfg(test)]

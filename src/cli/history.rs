@@ -5,7 +5,6 @@ use std::io::{IsTerminal as _, Write as _};
 use clap::builder::NonEmptyStringValueParser;
 
 use super::{
-    arguments::tenant,
     daemon::Asked,
     failed::Failed,
     moment::{Span, Zone},
@@ -36,7 +35,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     resource: Option<String>,
     /// Events of this tenant
-    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    #[arg(long, value_name = "TENANT")]
     tenant: Option<Tenant>,
     /// Events with this message id, or `sha256-` and the digest of their bytes
     #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]

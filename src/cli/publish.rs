@@ -14,7 +14,7 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 
-use super::{arguments::tenant, failed::Failed, open::reach, text::visible};
+use super::{failed::Failed, open::reach, text::visible};
 use crate::{
     admin::MAX_EVENTS,
     clock,
@@ -45,7 +45,7 @@ pub(super) struct Args {
     #[arg(default_value = "-", value_name = "FILE")]
     files: Vec<PathBuf>,
     /// The tenant of the events, where [queue] tenant is a header
-    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    #[arg(long, value_name = "TENANT")]
     tenant: Option<Tenant>,
 }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use self::{keys::Keys, print::version};
 use super::{
-    arguments::{Destructive, tenant},
+    arguments::Destructive,
     complete,
     daemon::{Asked, Change, Daemon, Done, segment},
     failed::Failed,
@@ -33,7 +33,7 @@ pub(super) enum Command {
     /// the API
     List {
         /// Those of this tenant
-        #[arg(long, value_name = "TENANT", value_parser = tenant)]
+        #[arg(long, value_name = "TENANT")]
         tenant: Option<Tenant>,
         /// The subscribers as one JSON object
         #[arg(long)]

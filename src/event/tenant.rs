@@ -1,6 +1,6 @@
 //! Tenants: whose an event is, for subscribers that get the events of one tenant alone.
 
-use std::{borrow::Borrow, fmt, sync::Arc};
+use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 use super::{key::string, pointer::Pointer};
 
@@ -31,6 +31,26 @@ impl Tenant {
 
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+/// A text is not a tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotATenant;
+
+impl fmt::Display for NotATenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "must have 1 to {MAX_TENANT} bytes")
+    }
+}
+
+impl std::error::Error for NotATenant {}
+
+impl FromStr for Tenant {
+    type Err = NotATenant;
+
+    fn from_str(text: &str) -> Result<Self, NotATenant> {
+        Self::try_new(text).ok_or(NotATenant)
     }
 }
 

@@ -821,6 +821,13 @@ fn sync_segments(
             end_segment(db, *id, name, &parse_patterns(patterns), newest)?;
             synced.changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
         }
+        // Names come and go for years.
+        db.execute(
+            "DELETE FROM tenancy WHERE NOT EXISTS (SELECT 1 FROM segment s WHERE s.subscriber = tenancy.subscriber) \
+             AND NOT EXISTS (SELECT 1 FROM retry r WHERE r.subscriber = tenancy.subscriber) \
+             AND NOT EXISTS (SELECT 1 FROM dead d WHERE d.subscriber = tenancy.subscriber)",
+            [],
+        )?;
     }
     Ok(synced)
 }
@@ -1233,6 +1240,27 @@ mod tests {
         publish_of(&queue, &["A", "B", "B"]).await;
         events(2).await;
         queue.open(&with("B")[0], WINDOW).await.expect("opens");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_the_tenant_of_a_name_of_which_nothing_is_left() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let recorded = async || {
+            let names = "SELECT coalesce(group_concat(subscriber, ' '), '') FROM tenancy";
+            let names = |db: &Connection| db.query_row(names, [], |r| r.get::<_, String>(0));
+            queue.store().read(names).await.expect("reads")
+        };
+        queue.prepare(&of_tenants(&[("drained", "A"), ("behind", "B")])).await.expect("prepares");
+        publish_of(&queue, &["B"]).await;
+        assert_eq!(recorded().await, "behind drained");
+        let none = of_tenants(&[("other", "")]);
+        configure(&queue, &none);
+        queue.prepare(&none).await.expect("prepares");
+        assert_eq!(recorded().await, "behind", "it has a backlog");
+        queue.prune(&"behind".into(), true).await.expect("prunes");
+        assert_eq!(recorded().await, "");
     }
 
     #[tokio::test]

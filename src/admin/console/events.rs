@@ -14,8 +14,8 @@ use super::{
     chart,
     form::Form,
     page::{
-        Mistakes, Page, Place, Tone, delivery, lines, number, of_type, party, path_to, query,
-        reach, short, state, text, time,
+        Mistakes, Page, Place, Tone, delivery, lines, number, of_tenant, of_type, party, path_to,
+        query, reach, short, state, text, time,
     },
     replays,
     session::Session,
@@ -284,14 +284,9 @@ pub(super) fn row(event: &Event, tenants: bool) -> Markup {
             td.wide { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
             td.main { (description(event)) }
             td.wide { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
-            @if tenants { td.wide { @if let Some(tenant) = &event.tenant { (of_tenant(tenant)) } } }
+            @if tenants { td.wide { @if let Some(tenant) = &event.tenant { (of_tenant(Place::Events, tenant)) } } }
         }
     }
-}
-
-/// A tenant, as a link to its events.
-fn of_tenant(tenant: &str) -> Markup {
-    html! { a href=(query(Place::Events.path(), &[("tenant", tenant)])) { (short(tenant)) } }
 }
 
 /// The event in its own words, and its type.
@@ -401,7 +396,7 @@ fn facts(event: &Event) -> Markup {
             dt { "Type" } dd.mono { (text(&event.event)) }
             dt { "Actor" } dd { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
             dt { "Resource" } dd { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
-            @if let Some(tenant) = &event.tenant { dt { "Tenant" } dd { (of_tenant(tenant)) } }
+            @if let Some(tenant) = &event.tenant { dt { "Tenant" } dd { (of_tenant(Place::Events, tenant)) } }
             @if let Some(description) = &event.description { dt { "Description" } dd { (text(description)) } }
             @if let Some(timestamp) = &event.timestamp {
                 dt { "Its own time" }

@@ -220,6 +220,11 @@ pub(super) fn time(at: Time) -> Markup {
     html! { time.nowrap datetime=(exact) { (shown) } }
 }
 
+/// A tenant, as a link to what this place has of it.
+pub(super) fn of_tenant(place: Place, tenant: &str) -> Markup {
+    html! { a href=(query(place.path(), &[("tenant", tenant)])) { (short(tenant)) } }
+}
+
 /// The name of an actor or a resource, with its id and type under it.
 pub(super) fn party(party: &Party, link: Option<(&str, &str)>) -> Markup {
     fn seen(part: &Option<String>) -> Option<&str> {

@@ -15,7 +15,10 @@ use super::{
     entry::{Console, SignedIn, This},
     form::Form,
     overview::state_of,
-    page::{Mistakes, Page, Place, delivery, form_key, number, path_to, query, short, text, time},
+    page::{
+        Mistakes, Page, Place, delivery, form_key, number, of_tenant, path_to, query, short, text,
+        time,
+    },
     session::Session,
     table::{
         Column::{self, Number, Text},
@@ -154,11 +157,6 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>, tenants: bool) -> Markup {
     }
 }
 
-/// A tenant, as a link to its webhooks.
-fn of_tenant(tenant: &str) -> Markup {
-    html! { a href=(query(Place::Webhooks.path(), &[("tenant", tenant)])) { (short(tenant)) } }
-}
-
 fn row(
     session: &Session,
     s: &Subscriber,
@@ -175,7 +173,7 @@ fn row(
             td.wide { (state_of(s)) }
             td { (chart::spark(hour)) }
             td.wide.mono { @if let Some(configured) = configured { (patterns(configured)) } }
-            @if tenants { td.wide { @match &s.tenant { Some(tenant) => (of_tenant(tenant)), None => span.muted { "all" } } } }
+            @if tenants { td.wide { @match &s.tenant { Some(tenant) => (of_tenant(Place::Webhooks, tenant)), None => span.muted { "all" } } } }
             td { @if let Some(configured) = configured { (configured.format.name()) } }
         }
     }
@@ -337,7 +335,7 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
             dt { "State" } dd { (state_of(s)) }
             dt { "URL" } dd.mono { (url(session, configured)) }
             dt { "Events" } dd.mono { (patterns(configured)) }
-            @if let Some(tenant) = &s.tenant { dt { "Tenant" } dd { (of_tenant(tenant)) } }
+            @if let Some(tenant) = &s.tenant { dt { "Tenant" } dd { (of_tenant(Place::Webhooks, tenant)) } }
             @if let Some(lane) = &s.lane {
                 @if let Some(backlog) = lane.backlog { dt { "Backlog" } dd { (counted(backlog + lane.in_hand, "event(s)")) } }
                 @if let Some(age) = lane.oldest_event_age_s { dt { "Oldest undelivered" } dd { (words::seconds(age)) " old" } }

@@ -9,7 +9,7 @@ use crate::{
     admin::{
         answer::Refusal,
         guard::Caller,
-        query::{FromQuery, Parameters, tenant},
+        query::{FromQuery, Parameters},
         view::{
             self, Circuit, Lane, LastError, Overview, Paused, QueueState, Removed, State, Time,
         },
@@ -212,7 +212,7 @@ impl FromQuery for Which {
             })
         };
         Self {
-            tenant: given.take("tenant", tenant),
+            tenant: given.take("tenant", str::parse),
             state: given.take("state", state),
             after: given.take("after", |text| Ok::<_, Infallible>(text.to_owned())),
             limit: given.number("limit", 1..=MAX_SELECTED),

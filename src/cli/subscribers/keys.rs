@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use url::Url;
 
 use crate::{
-    cli::{arguments::tenant, failed::Failed, text::visible},
+    cli::{failed::Failed, text::visible},
     config::managed::Document,
     crypto::secret::SecretUrl,
     event::{Pattern, Tenant},
@@ -38,7 +38,7 @@ pub(in crate::cli) struct Keys {
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
     events: Vec<Pattern>,
     /// The tenant whose events it gets, and no others; only for a new one
-    #[arg(long, value_name = "TENANT", value_parser = tenant)]
+    #[arg(long, value_name = "TENANT")]
     tenant: Option<Tenant>,
     /// What a request's body is: `json`, or `jsonl`
     #[arg(long, value_name = "FORMAT")]

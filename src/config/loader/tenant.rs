@@ -2,7 +2,7 @@
 
 use crate::{
     config::{document::Section, reader::Reader, settings::QueueConfig},
-    event::{MAX_TENANT, Tenant},
+    event::{NotATenant, Tenant},
 };
 
 /// Which tenants subscribers may have.
@@ -43,10 +43,8 @@ pub(super) fn tenant(
         return Some(None);
     };
     let text = reader.string(&value)?;
-    let tenant = Tenant::try_new(&text);
-    if tenant.is_none() {
-        reader.report(&value, format!("must have 1 to {MAX_TENANT} bytes"));
-    }
+    let tenant: Option<Tenant> =
+        text.parse().map_err(|e: NotATenant| reader.report(&value, e.to_string())).ok();
     if matches!(tenants, Tenants::None) {
         reader.report(&value, "needs [queue] tenant, which says where the tenant of an event is; set that, such as to { pointer = \"/account_id\" }, or leave `tenant` out");
         return None;

@@ -145,7 +145,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
             (mistakes.beside("events"))
         }
         @if is_new && (tenants || !form.get("tenant").is_empty()) {
-            (line(form.get("tenant"), mistakes, "tenant", "Tenant", "acct-123", "It gets the events of this tenant and no others. Empty: those of all. It stays."))
+            (line(form.get("tenant"), mistakes, "tenant", "Tenant", "acct-123", "It gets the events of this tenant and no others. Empty: those of all. It cannot be changed later."))
         }
         div.field {
             label for="signature" { "Signature" }
