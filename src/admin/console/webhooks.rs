@@ -429,7 +429,10 @@ fn retry(one: &WaitingBatch) -> Markup {
             }
             td.number { (number(one.events)) }
             td.number { (rounded_size(one.bytes as u64)) }
-            td.mono.id { a href=(delivery(&one.id)) { (text(&one.id)) } }
+            td.mono.id {
+                // Without an attempt there is no delivery to look at.
+                @if one.attempts > 0 { a href=(delivery(&one.id)) { (text(&one.id)) } } @else { (text(&one.id)) }
+            }
         }
     }
 }
@@ -471,4 +474,34 @@ fn attempts(configured: &Configured) -> (Vec<Duration>, bool) {
     let made = u32::try_from(all.len()).unwrap_or(u32::MAX);
     let is_last = configured.retry.next(made, FIRST, FIRST + at, None, 0.5) == Next::Exhausted;
     (all, is_last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_waits_leads_to_its_delivery_once_there_was_an_attempt() {
+        let shown = |attempts| {
+            let (status, failure, due_at) = (None, None, None);
+            let (first_attempt_at, last_attempt_at) = (None, None);
+            let id = "msg_1".to_owned();
+            let (number, events, bytes) = (1, 1, 1);
+            retry(&WaitingBatch {
+                number,
+                id,
+                events,
+                attempts,
+                status,
+                failure,
+                first_attempt_at,
+                last_attempt_at,
+                due_at,
+                bytes,
+            })
+            .into_string()
+        };
+        assert!(shown(1).contains("href=\"/console/deliveries/msg_1\""));
+        assert!(!shown(0).contains("href") && shown(0).contains("msg_1"));
+    }
 }
