@@ -126,10 +126,18 @@ async fn deliver(
     let history = History::start(&config, &metrics);
     let board = Board::observed(metrics.clone(), history.observers.clone());
     let kept = kept_by(&history.store).await;
-    let (reloader, changes) = Reloader::new(config, kept, metrics, queue.removals().clone(), level);
+    let (reloader, changes) =
+        Reloader::new(config, kept, metrics.clone(), queue.removals().clone(), level);
     let subscribers = reloader.config().subscribers.clone();
     if subscribers.is_empty() {
         tracing::warn!(config = %reloader.config().path.display(), "no [[subscriber]] is configured: nothing will be delivered");
+    }
+    if !reloader.config().metrics_per_subscriber() {
+        tracing::info!(
+            subscribers = subscribers.len(),
+            "the metrics of all subscribers are counted together, as subscriber=\"*\": see [metrics] per_subscriber"
+        );
+        metrics.sum_subscribers();
     }
     let (phase, phases) = watch::channel(Phase::Starting);
     let notifying = tokio::spawn(systemd::follow(phases.clone()));

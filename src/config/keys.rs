@@ -67,6 +67,7 @@ pub static ROOT: &[Key] = &[
         "The HTTP listener for events, health, metrics and the API.",
         Shape::Table(ADMIN),
     ),
+    read("metrics", "What is counted for whom.", Shape::Table(METRICS)),
     read("log", "The format and the level of the log.", Shape::Table(LOG)),
     read("batch", "The size of a batch: the defaults of each subscriber.", Shape::Table(BATCH)),
     read("http", "How requests are sent: the defaults of each subscriber.", Shape::Table(HTTP)),
@@ -374,6 +375,15 @@ pub(super) static TOKEN: &[Key] = &[
     )
     .required(),
 ];
+
+pub(super) static METRICS: &[Key] = &[global(
+    "metrics.per_subscriber",
+    "Whether each subscriber has series of its own, a hundred; false: all are counted together, as `subscriber=\"*\"`. Without it true up to 1000 subscribers at the start.",
+    Shape::Flag,
+    AfterRestart,
+    differs!(metrics.per_subscriber),
+    |c| plain(c.metrics_per_subscriber()),
+)];
 
 pub(super) static LOG: &[Key] = &[
     global(

@@ -65,6 +65,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let store = daemon::store(reader, &root);
     let history = daemon::history(reader, &root);
     let admin = daemon::admin(reader, &root);
+    let metrics = daemon::metrics(reader, &root);
     let log = daemon::log(reader, &root);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
     let preset = preset();
@@ -123,6 +124,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         history: history?,
         admin: admin?,
         log: log?,
+        metrics: metrics?,
         subscribers: subscribers.into(),
         groups: Groups { path: source.path.clone(), text: Secret::new(&source.text) },
     };

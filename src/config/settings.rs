@@ -23,6 +23,10 @@ const DEFAULT_MAX_ON_RABBITMQ: usize = 50;
 /// In the embedded queue a subscriber is a few rows.
 const DEFAULT_MAX_EMBEDDED: usize = 10_000;
 
+/// So many subscribers have series of their own in the metrics if nothing else is configured: each has
+/// about a hundred.
+const MOST_WITH_OWN_SERIES: usize = 1_000;
+
 /// A checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -41,6 +45,7 @@ pub struct Config {
     pub history: HistoryConfig,
     pub admin: AdminConfig,
     pub log: LogConfig,
+    pub metrics: MetricsConfig,
     /// In the order of the files.
     pub subscribers: Subscribers,
     pub groups: Groups,
@@ -66,6 +71,11 @@ impl Config {
             Backend::Amqp(_) => DEFAULT_MAX_ON_RABBITMQ,
             Backend::Embedded => DEFAULT_MAX_EMBEDDED,
         })
+    }
+
+    /// Whether each subscriber has series of its own in the metrics, or all are counted together.
+    pub fn metrics_per_subscriber(&self) -> bool {
+        self.metrics.per_subscriber.unwrap_or(self.subscribers.len() <= MOST_WITH_OWN_SERIES)
     }
 
     /// The time for which events are kept in history: on the embedded queue, which has their bytes,
@@ -275,6 +285,13 @@ impl Role {
     pub fn may(self, needed: Self) -> bool {
         self == Self::Admin || self == needed
     }
+}
+
+/// The table `[metrics]`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MetricsConfig {
+    /// `None`: as their number is at the start.
+    pub per_subscriber: Option<bool>,
 }
 
 /// The table `[log]`.

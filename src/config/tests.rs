@@ -1193,3 +1193,14 @@ retry.max_interval = "2m"
         ],
     );
 }
+
+#[test]
+fn subscribers_have_metrics_of_their_own_up_to_a_thousand_unless_it_is_said() {
+    let with = |n: usize, metrics: &str| {
+        let tables: String = (0..n).map(|n| testing::table(&format!("s{n}"), "")).collect();
+        testing::embedded(&format!("{metrics}\n{tables}")).metrics_per_subscriber()
+    };
+    assert!(with(1000, "") && !with(1001, ""));
+    assert!(with(1001, "[metrics]\nper_subscriber = true"));
+    assert!(!with(1, "[metrics]\nper_subscriber = false"));
+}

@@ -297,7 +297,9 @@ impl Reloader {
         let admin = AdminConfig { max_subscribers, api_subscribers, ..old.admin.clone() };
         let mut queue = old.queue.clone();
         queue.embedded.tenants_required = new.queue.embedded.tenants_required;
-        let new = Config { queue, admin, log, ..new };
+        let Config { store, ref store_keys, history, metrics, .. } = *old;
+        let store_keys = store_keys.clone();
+        let new = Config { queue, store, store_keys, history, admin, metrics, log, ..new };
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
         drop(changing); // Until here both configurations' patterns count as bound.

@@ -16,19 +16,18 @@ pub(crate) const ENOSPC: i32 = 28;
 /// The library, compiled once: a machine that builds SQLite has a C compiler.
 fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/environment.c");
-        let library = Path::new(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("environment-{}.so", std::process::id()));
-        let mut cc = Command::new("cc");
-        cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
-            .arg(&library)
-            .arg(source)
-            .arg("-ldl");
-        let done = cc.status().expect("a C compiler");
-        assert!(done.success(), "environment.c does not compile");
-        library
-    })
+    LIBRARY.get_or_init(|| compiled("environment.c", "environment", &["-shared", "-fPIC", "-ldl"]))
+}
+
+/// What the C compiler makes of a file here, for this process.
+pub(crate) fn compiled(source: &str, name: &str, options: &[&str]) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults").join(source);
+    let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    let mut cc = Command::new("cc");
+    cc.args(["-O1", "-Wall", "-Werror", "-o"]).arg(&to).arg(from).args(options);
+    let done = cc.status().expect("a C compiler");
+    assert!(done.success(), "{source} does not compile");
+    to
 }
 
 pub(crate) struct Environment {

@@ -55,6 +55,8 @@ pub(crate) enum Fault {
     // The embedded queue.
     DiskFails,
     Locked,
+    /// Daemon, broker and disk lose their power in one moment.
+    PowerLoss,
     // What remembers.
     /// Another process locks a file of the store.
     StoreLocked,
@@ -169,6 +171,28 @@ impl Fault {
         Self::CloseAllConnections,
         Self::Alarm,
     ];
+
+    /// Of rounds on a disk that can lose its power: what others do to its files outside of a daemon is
+    /// not flushed.
+    const POWER: [Self; 8] = [
+        Self::PowerLoss,
+        Self::PowerLoss,
+        Self::KillDaemon,
+        Self::DieAtStep,
+        Self::StopDaemon,
+        Self::Mood,
+        Self::Reload,
+        Self::Command,
+    ];
+
+    /// The faults that a round on a disk begins with that can lose its power.
+    pub(crate) fn dealt_with_power() -> Vec<Self> {
+        vec![Self::PowerLoss]
+    }
+
+    pub(crate) fn draw_with_power(rng: &mut StdRng) -> Self {
+        *pick(&Self::POWER, rng)
+    }
 
     /// The faults that a round of this seed begins with; `wanted` names others instead.
     pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {

@@ -57,6 +57,7 @@ impl Round<'_> {
             Fault::QueueDeleted => return self.delete_empty_queue(producer).await,
             Fault::DiskFails => return self.have_the_disk_fail(),
             Fault::Locked => return self.lock_the_database(),
+            Fault::PowerLoss => return self.lose_power(producer).await,
             Fault::StoreLocked => return self.lock_history(),
             Fault::StoreDiskFails => return self.have_the_stores_disk_fail(),
             Fault::StoreSlow => return self.slow_the_stores_disk_down(),

@@ -15,6 +15,7 @@ mod front;
 mod inflict;
 mod memory;
 mod oracle;
+mod power;
 mod proxy;
 mod remembered;
 mod round;
@@ -35,6 +36,7 @@ use lapin::{options::QueueDeclareOptions, types::FieldTable};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use fault::Fault;
+use power::Disk;
 use remembered::NUMBERS;
 use round::Round;
 use subscribers::Kind;
@@ -51,6 +53,11 @@ tests_that_need!(
     mixed_faults_with_a_source_queue_lose_nothing,
     mixed_faults_on_a_cluster_lose_nothing,
     mixed_faults_with_an_intake_lose_nothing,
+);
+tests_that_need!(
+    root:
+    power_that_goes_on_the_embedded_queue_loses_nothing,
+    power_that_goes_with_an_intake_loses_nothing,
 );
 
 /// A number from the environment.
@@ -74,7 +81,17 @@ fn shape(rng: &mut StdRng) -> Shape {
 const SEED: u64 = 2;
 
 /// Rounds, one after the other, each from a seed of its own.
-async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) -> Place) {
+async fn rounds(what: &str, count: u64, place: impl AsyncFnMut(&mut StdRng) -> Place) {
+    rounds_on(None, what, count, place).await;
+}
+
+/// Rounds on a disk that can lose its power.
+async fn rounds_on(
+    disk: Option<Arc<Disk>>,
+    what: &str,
+    count: u64,
+    mut place: impl AsyncFnMut(&mut StdRng) -> Place,
+) {
     let first_seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
     let length = Duration::from_secs(setting("HOOKTRAIL_FAULTS_SECONDS", 8));
     let (mut published, mut same_id, mut explained, mut dead, mut all_lost, mut failed) =
@@ -91,9 +108,13 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         }
         let mut world = World::new(place, shape, &Kind::ALL, &mut rng).await;
         // In one of four there is nothing that can be why something comes again.
-        let calm = seed.is_multiple_of(4);
+        let calm = seed.is_multiple_of(4) && disk.is_none();
         let wanted = std::env::var("HOOKTRAIL_FAULTS_WITH").ok();
-        let dealt = Fault::dealt(&world.place, calm, seed, wanted.as_deref());
+        let dealt = match &disk {
+            Some(_) => Fault::dealt_with_power(),
+            None => Fault::dealt(&world.place, calm, seed, wanted.as_deref()),
+        };
+        world.disk = disk.clone();
         let outcome = Round::new(&mut world, rng)
             .calm(calm)
             .begins_with(dealt)
@@ -268,4 +289,26 @@ fn mixed_faults_with_an_intake_lose_nothing() {
 #[test]
 fn mixed_faults_on_the_embedded_queue_lose_nothing() {
     run(rounds("embedded", count(), async |_| Place::Embedded(Embedded::new())));
+}
+
+fn power_that_goes_on_the_embedded_queue_loses_nothing() {
+    run(async {
+        let disk = Arc::new(Disk::new());
+        let queue = async |_: &mut StdRng| Place::Embedded(Embedded::within(&disk.at()));
+        rounds_on(Some(disk.clone()), "power-embedded", count(), queue).await;
+    });
+}
+
+fn power_that_goes_with_an_intake_loses_nothing() {
+    run(async {
+        let disk = Arc::new(Disk::new());
+        let broker = Arc::new(Broker::private_on(&impatient(), &disk.at().join("broker")).await);
+        prepare_intake(&broker).await;
+        disk.flush();
+        let place = async |_: &mut StdRng| Place::Intake {
+            broker: broker.clone(),
+            queue: Embedded::within(&disk.at()),
+        };
+        rounds_on(Some(disk.clone()), "power-intake", count(), place).await;
+    });
 }

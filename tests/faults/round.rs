@@ -179,6 +179,8 @@ impl<'w> Round<'w> {
             self.look_after().await;
             let fault = if self.calm {
                 *pick(&Fault::CALM, &mut self.rng)
+            } else if self.world.disk.is_some() {
+                Fault::draw_with_power(&mut self.rng)
             } else {
                 Fault::draw(&self.world.place, &mut self.rng)
             };

@@ -30,6 +30,7 @@ use tokio::{sync::RwLock, task::JoinHandle, time::timeout};
 use crate::{
     environment::Environment,
     oracle::Ledger,
+    power::Disk,
     proxy::Proxy,
     subscribers::{Kind, Subscriber, TABLE, TENANT, event, tenant_of},
     support::{
@@ -96,6 +97,8 @@ pub(crate) struct Shape {
 
 pub(crate) struct World {
     pub(crate) place: Place,
+    /// The disk that broker and daemon are on, if it can lose its power.
+    pub(crate) disk: Option<Arc<Disk>>,
     pub(crate) network: Option<Proxy>,
     pub(crate) subscribers: Vec<Subscriber>,
     pub(crate) environment: Environment,
@@ -135,6 +138,7 @@ impl World {
             (Arc::default(), Arc::default(), Vec::new(), Vec::new());
         let world = Self {
             place,
+            disk: None,
             network,
             subscribers,
             environment,
@@ -545,6 +549,8 @@ max_open_for = \"2s\"
                 let target = (broker.exchange.clone(), TYPE.to_owned());
                 Way::Amqp { url: broker.url.clone(), target, open: Box::default() }
             }
+            // This process must have no file open on a disk that goes.
+            Place::Embedded(_) if self.disk.is_some() => Way::Http,
             Place::Embedded(embedded) => Way::Embedded(embedded.config()),
         };
         let publish = Publish {
@@ -585,8 +591,14 @@ impl Producer {
 }
 
 enum Way {
-    Amqp { url: String, target: (String, String), open: Box<Option<(Connection, Channel)>> },
+    Amqp {
+        url: String,
+        target: (String, String),
+        open: Box<Option<(Connection, Channel)>>,
+    },
     Embedded(hooktrail::config::EmbeddedConfig),
+    /// No other than over HTTP.
+    Http,
 }
 
 struct Publish {
@@ -644,7 +656,8 @@ impl Publish {
                 turn += 1;
                 let passed_by = self.passed_by.lock().expect("not poisoned").clone();
                 let from = SystemTime::now();
-                let fates = if !self.ports.is_empty() && turn.is_multiple_of(3) {
+                let over_http_now = turn.is_multiple_of(3) || matches!(self.way, Way::Http);
+                let fates = if !self.ports.is_empty() && over_http_now {
                     let port = self.ports[turn / 3 % self.ports.len()];
                     over_http(&client, port, &group).await
                 } else {
@@ -684,6 +697,7 @@ impl Publish {
                     vec![Fate::Unknown; group.len()]
                 })
             }
+            Way::Http => unreachable!("it has a port"),
             Way::Embedded(config) => {
                 let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config)
                 else {

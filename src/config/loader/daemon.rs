@@ -1,4 +1,4 @@
-//! `[store]`, `[history]`, `[admin]` and `[log]`.
+//! `[store]`, `[history]`, `[admin]`, `[metrics]` and `[log]`.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -12,7 +12,10 @@ use crate::{
         keys,
         limits::MAX_SUBSCRIBERS,
         reader::Reader,
-        settings::{AdminConfig, Config, HistoryConfig, LogConfig, PublicUrl, Reach, StoreConfig},
+        settings::{
+            AdminConfig, Config, HistoryConfig, LogConfig, MetricsConfig, PublicUrl, Reach,
+            StoreConfig,
+        },
     },
     crypto::seal::SealKey,
 };
@@ -157,6 +160,18 @@ pub(in crate::config) fn agree_on_management(
         "needs a store, and [store] url is \"none\"; make that \"sqlite\"",
     );
     None
+}
+
+pub(in crate::config) fn metrics(reader: &Reader<'_>, root: &Section<'_>) -> Option<MetricsConfig> {
+    let section = match root.get("metrics") {
+        Some(v) => Some(reader.section(&v, keys::METRICS)?),
+        None => None,
+    };
+    let per_subscriber = match section.as_ref().and_then(|s| s.get("per_subscriber")) {
+        Some(v) => Some(reader.bool(&v)?),
+        None => None,
+    };
+    Some(MetricsConfig { per_subscriber })
 }
 
 pub(in crate::config) fn log(reader: &Reader<'_>, root: &Section<'_>) -> Option<LogConfig> {

@@ -301,7 +301,11 @@ pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\n`GET /metrics` of `[admin] listen` answers in the text format of Prometheus (OpenMetrics 1.0). No token is needed; no label holds a URL\n\
          or a secret. Counters begin at 0 at each start. Time is in seconds, points in time are Unix seconds. This page is made from the list in\n\
-         `src/telemetry/metrics/definitions.rs`, and a test holds it to that.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
+         `src/telemetry/metrics/definitions.rs`, and a test holds it to that.\n\n\
+         Each subscriber has about a hundred series, which the daemon keeps and Prometheus stores. Where more than 1,000 subscribers are configured\n\
+         when the daemon starts, and with `[metrics] per_subscriber = false`, all are counted together: `subscriber` is `*`, which is nobody's name;\n\
+         counters and histograms count all, and a gauge is the sum of all, so `hooktrail_paused` is how many are paused. Points in time have no sum\n\
+         and are absent, those of subscribers alone. Who it is that fails, waits or is paused, the status and the console say then.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
     );
     for d in ALL {
         let labels: Vec<String> = d.labels.iter().map(|l| format!("`{l}`")).collect();

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicU64},
     time::SystemTime,
 };
 
@@ -22,6 +22,7 @@ use super::{
     definitions::{ALL, Kind, PREFIX},
     exposition::{Exposition, as_plain_text, sorted},
     process::Usage,
+    subscriber::{ALL_TOGETHER, Series},
 };
 use crate::delivery::SubscriberName;
 
@@ -101,6 +102,8 @@ struct Inner {
     cpu: Counter<f64, AtomicU64>,
     /// The series of each subscriber, which end with it.
     series: Mutex<BTreeMap<String, Vec<(&'static str, Labels)>>>,
+    /// Those that count all subscribers together, where none has its own.
+    sums: OnceLock<Arc<Series>>,
 }
 
 const CPU: &str = "process_cpu_seconds";
@@ -139,6 +142,7 @@ impl Metrics {
             histograms,
             cpu,
             series: Mutex::default(),
+            sums: OnceLock::new(),
         }));
         metrics.gauge("build_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         metrics.gauge("process_start_time_seconds", &[]).set(unix(started));
@@ -159,6 +163,15 @@ impl Metrics {
         text
     }
 
+    /// From now on a subscriber has no series of its own: all are counted together.
+    pub fn sum_subscribers(&self) {
+        self.0.sums.get_or_init(|| Arc::new(Series::new(self, ALL_TOGETHER)));
+    }
+
+    pub(super) fn sums(&self) -> Option<&Arc<Series>> {
+        self.0.sums.get()
+    }
+
     /// Ends the series of a subscriber.
     pub fn forget(&self, subscriber: &str) {
         for (name, labels) in self.series().remove(subscriber).unwrap_or_default() {
@@ -174,6 +187,11 @@ impl Metrics {
     pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
         let family = &self.0.gauges["removed_subscriber_messages"];
         family.clear();
+        if self.sums().is_some() {
+            let labels = Labels::of(&[("subscriber", ALL_TOGETHER)]);
+            family.get_or_create_owned(&labels).set(removed.values().sum::<u64>() as f64);
+            return;
+        }
         for (name, messages) in removed {
             let labels = Labels::of(&[("subscriber", name.as_str())]);
             family.get_or_create_owned(&labels).set(*messages as f64);
@@ -376,6 +394,7 @@ mod tests {
     use crate::{
         delivery::{AttemptLog, Batch, BatchId, Reason},
         event::payload::Format,
+        policy::circuit_breaker::CircuitState,
         telemetry::lane_event::{Died, LaneEvent, Settled},
     };
     use std::{collections::BTreeSet, time::Duration};
@@ -522,6 +541,51 @@ mod tests {
             m.expose()
                 .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 0")
         );
+    }
+
+    #[test]
+    fn subscribers_without_series_of_their_own_are_counted_together_and_take_back_what_they_added()
+    {
+        let m = metrics();
+        m.sum_subscribers();
+        let (a, b) = (m.subscriber("a"), m.subscriber("b"));
+        for (one, queues) in [(&a, [3, 1, 0]), (&b, [4, 0, 2])] {
+            one.count(&LaneEvent::Taken { events: 5 });
+            one.set_up(true);
+            one.set_circuit(CircuitState::Closed, None);
+            one.set_retries(2, Some(SystemTime::now()));
+            one.set_oldest(Some(SystemTime::now()));
+            one.set_queues([9; 3]);
+            one.set_queues(queues);
+        }
+        a.set_circuit(CircuitState::Open, Some(SystemTime::now()));
+        let value = |series: &str| {
+            let text = m.expose();
+            let start = format!("hooktrail_{series}}} ");
+            let line = text.lines().find_map(|line| line.strip_prefix(&start));
+            line.map(|value| value.parse::<f64>().expect("a number"))
+        };
+        let together = [
+            ("lane_up{subscriber=\"*\"", 2.0, 1.0),
+            ("circuit_state{subscriber=\"*\",state=\"open\"", 1.0, 1.0),
+            ("circuit_state{subscriber=\"*\",state=\"closed\"", 1.0, 0.0),
+            ("retries_waiting{subscriber=\"*\"", 4.0, 2.0),
+            ("queue_messages{subscriber=\"*\",queue=\"main\"", 7.0, 3.0),
+            ("queue_messages{subscriber=\"*\",queue=\"dead\"", 2.0, 0.0),
+            ("events_received_total{subscriber=\"*\"", 10.0, 10.0),
+        ];
+        for (series, of_both, _) in together {
+            assert_eq!(value(series), Some(of_both), "{series}");
+        }
+        drop(b);
+        m.forget("b");
+        for (series, _, of_a) in together {
+            assert_eq!(value(series), Some(of_a), "{series}");
+        }
+        m.set_removed(&[("gone".into(), 3), ("too".into(), 4)].into());
+        assert_eq!(value("removed_subscriber_messages{subscriber=\"*\""), Some(7.0));
+        let text = m.expose();
+        assert!(!text.contains("timestamp_seconds{") && !text.contains("=\"a\""), "{text}");
     }
 
     #[test]

@@ -1,6 +1,13 @@
 //! The metrics of one subscriber.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 
@@ -11,9 +18,25 @@ use crate::{
     telemetry::lane_event::{AttemptEnded, LaneEvent, Settled},
 };
 
-/// The handles of one subscriber.
-#[derive(Debug, Clone)]
+/// The name under which subscribers without series of their own are counted: no subscriber's name has
+/// this character.
+pub(super) const ALL_TOGETHER: &str = "*";
+
+/// What counts one subscriber: into series of its own, or into those of all.
+#[derive(Debug)]
 pub struct SubscriberMetrics {
+    series: Arc<Series>,
+    in_flight: Share,
+    circuit: BTreeMap<CircuitState, Share>,
+    paused: Share,
+    up: Share,
+    retries_waiting: Share,
+    queues: [Share; 3],
+}
+
+/// The series that have a subscriber's name.
+#[derive(Debug)]
+pub(super) struct Series {
     received: Counter,
     delivered: Counter,
     recognised: Counter,
@@ -28,25 +51,59 @@ pub struct SubscriberMetrics {
     delivery_duration: Histogram,
     in_flight: Float,
     circuit: BTreeMap<CircuitState, Float>,
-    circuit_opened: Float,
     paused: Float,
     up: Float,
     panics: Counter,
     retries_waiting: Float,
-    next_retry: Float,
-    oldest: Float,
     queues: [Float; 3],
+    /// Points in time, of which there is no sum.
+    times: Option<Times>,
 }
 
-impl Metrics {
-    /// The handles of a subscriber. Its series begin, at 0.
-    pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
-        SubscriberMetrics::new(self, name)
+#[derive(Debug)]
+struct Times {
+    circuit_opened: Float,
+    next_retry: Float,
+    oldest: Float,
+}
+
+/// What one subscriber adds to a gauge, until it ends.
+#[derive(Debug)]
+struct Share {
+    gauge: Float,
+    /// The bits of a float.
+    added: AtomicU64,
+}
+
+impl Share {
+    fn of(gauge: &Float) -> Self {
+        Self { gauge: gauge.clone(), added: AtomicU64::new(0.0_f64.to_bits()) }
+    }
+
+    fn set(&self, value: f64) {
+        let before = f64::from_bits(self.added.swap(value.to_bits(), Ordering::Relaxed));
+        if value != before {
+            self.gauge.inc_by(value - before);
+        }
     }
 }
 
-impl SubscriberMetrics {
-    fn new(metrics: &Metrics, name: &str) -> Self {
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0.0);
+    }
+}
+
+impl Metrics {
+    /// What counts a subscriber. Its series begin, at 0.
+    pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
+        let own = || Arc::new(Series::new(self, name));
+        SubscriberMetrics::new(self.sums().cloned().unwrap_or_else(own))
+    }
+}
+
+impl Series {
+    pub(super) fn new(metrics: &Metrics, name: &str) -> Self {
         let of = [("subscriber", name)];
         let outcome = |o: DispositionKind| {
             (o, metrics.counter("attempts", &[("subscriber", name), ("outcome", o.name())]))
@@ -61,6 +118,11 @@ impl SubscriberMetrics {
             (s, metrics.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]))
         };
         let queue = |q| metrics.gauge("queue_messages", &[("subscriber", name), ("queue", q)]);
+        let times = || Times {
+            circuit_opened: metrics.gauge("circuit_opened_timestamp_seconds", &of),
+            next_retry: metrics.gauge("next_retry_timestamp_seconds", &of),
+            oldest: metrics.gauge("oldest_event_timestamp_seconds", &of),
+        };
         Self {
             received: metrics.counter("events_received", &of),
             delivered: metrics.counter("events_delivered", &of),
@@ -76,14 +138,27 @@ impl SubscriberMetrics {
             delivery_duration: metrics.histogram("delivery_duration_seconds", &of),
             in_flight: metrics.gauge("requests_in_flight", &of),
             circuit: CircuitState::ALL.map(state).into(),
-            circuit_opened: metrics.gauge("circuit_opened_timestamp_seconds", &of),
             paused: metrics.gauge("paused", &of),
             up: metrics.gauge("lane_up", &of),
             panics: metrics.counter("lane_panics", &of),
             retries_waiting: metrics.gauge("retries_waiting", &of),
-            next_retry: metrics.gauge("next_retry_timestamp_seconds", &of),
-            oldest: metrics.gauge("oldest_event_timestamp_seconds", &of),
             queues: [queue("main"), queue("retry"), queue("dead")],
+            times: (name != ALL_TOGETHER).then(times),
+        }
+    }
+}
+
+impl SubscriberMetrics {
+    fn new(series: Arc<Series>) -> Self {
+        let circuit = series.circuit.iter().map(|(state, gauge)| (*state, Share::of(gauge)));
+        Self {
+            in_flight: Share::of(&series.in_flight),
+            circuit: circuit.collect(),
+            paused: Share::of(&series.paused),
+            up: Share::of(&series.up),
+            retries_waiting: Share::of(&series.retries_waiting),
+            queues: series.queues.each_ref().map(Share::of),
+            series,
         }
     }
 
@@ -91,28 +166,28 @@ impl SubscriberMetrics {
     pub(in crate::telemetry) fn count(&self, event: &LaneEvent<'_>) {
         match event {
             LaneEvent::Taken { events } => {
-                self.received.inc_by(*events);
+                self.series.received.inc_by(*events);
             }
             LaneEvent::AttemptStarted { batch, .. } => {
-                self.batch_events.observe(f64::from(batch.events));
-                self.batch_bytes.observe(batch.body.len() as f64);
+                self.series.batch_events.observe(f64::from(batch.events));
+                self.series.batch_bytes.observe(batch.body.len() as f64);
             }
             LaneEvent::AttemptEnded(ended) => self.attempt_ended(ended),
             LaneEvent::Unsent { .. } => {
-                self.unsent.inc();
+                self.series.unsent.inc();
             }
             LaneEvent::Delivered { events, lag, since_arrival } => {
-                self.delivered.inc_by(u64::from(*events));
+                self.series.delivered.inc_by(u64::from(*events));
                 if let Some(lag) = lag {
-                    self.lag.observe(lag.as_secs_f64());
+                    self.series.lag.observe(lag.as_secs_f64());
                 }
                 if let Some(took) = since_arrival {
-                    self.delivery_duration.observe(took.as_secs_f64());
+                    self.series.delivery_duration.observe(took.as_secs_f64());
                 }
             }
             LaneEvent::Settled(settled) => self.settled(settled),
             LaneEvent::Panicked { .. } => {
-                self.panics.inc();
+                self.series.panics.inc();
             }
             LaneEvent::Recognised { .. }
             | LaneEvent::Undeliverable { .. }
@@ -132,23 +207,23 @@ impl SubscriberMetrics {
     }
 
     fn attempt_ended(&self, ended: &AttemptEnded<'_>) {
-        self.attempt_duration.observe(ended.took.as_secs_f64());
+        self.series.attempt_duration.observe(ended.took.as_secs_f64());
         if let Some(disposition) = ended.disposition.kind() {
-            self.attempts[&disposition].inc();
+            self.series.attempts[&disposition].inc();
         }
         if let Some(failure) = ended.outcome.failure() {
-            self.failures[&failure.kind()].inc();
+            self.series.failures[&failure.kind()].inc();
         }
     }
 
     fn settled(&self, settled: &Settled) {
         match settled {
             Settled::Recognised { events } => {
-                self.recognised.inc_by(*events);
+                self.series.recognised.inc_by(*events);
             }
             // What RabbitMQ gives up is not among the reasons, and not counted.
             Settled::DeadLetters(died) => {
-                for counter in died.iter().filter_map(|d| self.dead_letters.get(&d.reason)) {
+                for counter in died.iter().filter_map(|d| self.series.dead_letters.get(&d.reason)) {
                     counter.inc();
                 }
             }
@@ -166,10 +241,12 @@ impl SubscriberMetrics {
         state: CircuitState,
         opened_at: Option<SystemTime>,
     ) {
-        for (of, gauge) in &self.circuit {
-            gauge.set(f64::from(*of == state));
+        for (of, share) in &self.circuit {
+            share.set(f64::from(*of == state));
         }
-        self.circuit_opened.set(opened_at.map_or(0.0, unix));
+        if let Some(times) = &self.series.times {
+            times.circuit_opened.set(opened_at.map_or(0.0, unix));
+        }
     }
 
     pub(in crate::telemetry) fn set_paused(&self, paused: bool) {
@@ -182,17 +259,21 @@ impl SubscriberMetrics {
 
     pub(in crate::telemetry) fn set_retries(&self, waiting: usize, next: Option<SystemTime>) {
         self.retries_waiting.set(waiting as f64);
-        self.next_retry.set(next.map_or(0.0, unix));
+        if let Some(times) = &self.series.times {
+            times.next_retry.set(next.map_or(0.0, unix));
+        }
     }
 
     pub(in crate::telemetry) fn set_oldest(&self, arrived_at: Option<SystemTime>) {
-        self.oldest.set(arrived_at.map_or(0.0, unix));
+        if let Some(times) = &self.series.times {
+            times.oldest.set(arrived_at.map_or(0.0, unix));
+        }
     }
 
     /// Messages in the main, the retry and the dead queue.
     pub(in crate::telemetry) fn set_queues(&self, messages: [u64; 3]) {
-        for (gauge, messages) in self.queues.iter().zip(messages) {
-            gauge.set(messages as f64);
+        for (share, messages) in self.queues.iter().zip(messages) {
+            share.set(messages as f64);
         }
     }
 }

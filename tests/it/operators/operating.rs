@@ -222,6 +222,33 @@ async fn metrics_count_what_happens(queue: Queue) {
     assert!(!exposed.text.contains("/hook/token"), "no URL");
 }
 
+#[test]
+fn subscribers_are_counted_together_where_that_is_configured() {
+    run(async {
+        let (receiver, api, queue) = (Receiver::accepting().await, Api::new(), Queue::embedded());
+        let text = QUICK.to_owned() + &api.section() + "[metrics]\nper_subscriber = false\n";
+        let of = |name: &str| subscriber(name, &receiver.url, "");
+        let setup = Setup::new(&queue, &(text.clone() + &of("a") + &of("b")));
+        let daemon = setup.start().await;
+        daemon.wait_log("the metrics of all subscribers are counted together").await;
+        queue.publish(TYPE, (0..3).map(event)).await;
+        let is = async |series: &str, value: f64| {
+            eventually(&format!("{series} is {value}"), async || {
+                api.metric(series).await == Some(value)
+            })
+            .await;
+        };
+        is("hooktrail_events_delivered_total{subscriber=\"*\"}", 6.0).await;
+        is("hooktrail_lane_up{subscriber=\"*\"}", 2.0).await;
+        let both = std::fs::read_to_string(setup.config()).expect("reads");
+        setup.write("hooktrail.toml", both.replace(&of("b"), ""));
+        is("hooktrail_lane_up{subscriber=\"*\"}", 1.0).await;
+        is("hooktrail_events_delivered_total{subscriber=\"*\"}", 6.0).await;
+        let exposed = api.get("/metrics").await.text;
+        assert!(!exposed.contains("\"a\"") && !exposed.contains("\"b\""), "{exposed}");
+    });
+}
+
 async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue) {
     let receiver = Receiver::start(|_, _| status(410).body("gone")).await;
     let api = Api::new();

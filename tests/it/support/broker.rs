@@ -59,6 +59,17 @@ impl Broker {
         Self::on(node)
     }
 
+    /// Like [`private_with`](Self::private_with), with what the node stores in a folder that is made,
+    /// on another disk for example.
+    pub(crate) async fn private_on(settings: &str, folder: &Path) -> Self {
+        let node = Node::new(false);
+        node.set(settings);
+        std::fs::create_dir(folder).expect("a folder");
+        std::os::unix::fs::symlink(folder, node.home.path().join("data")).expect("a link");
+        node.start().await;
+        Self::on(node)
+    }
+
     /// Like [`private`](Self::private), with the management plugin.
     pub(crate) async fn private_and_managed() -> Self {
         let node = Node::new(true);

@@ -25,8 +25,8 @@ use std::{
 };
 
 /// Makes of each `fn name()` a test in a module that says what it needs: `broker::name`, or
-/// `tools::name` for what `scripts/verifiers` installs. `scripts/test --quick` leaves out these two
-/// and `amqp`; see [`assert_not_quick`].
+/// `tools::name` for what `scripts/verifiers` installs, or `root::name`. `scripts/test --quick` leaves
+/// out these three and `amqp`; see [`assert_not_quick`].
 macro_rules! tests_that_need {
     ($what:ident: $($name:ident),+ $(,)?) => {
         mod $what {
@@ -44,7 +44,7 @@ pub(crate) use tests_that_need;
 /// out: so a test that needs one cannot be among those that it runs. A test is known by the name of
 /// its thread; other threads pass, as those of benchmarks.
 pub(crate) fn assert_not_quick(uses: &str) {
-    const LEFT_OUT: [&str; 3] = ["amqp", "broker", "tools"];
+    const LEFT_OUT: [&str; 4] = ["amqp", "broker", "root", "tools"];
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("main");
     let is_test =
