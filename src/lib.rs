@@ -55,7 +55,7 @@
 //!              · endpoint · start_from · tenant
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
-//!              metrics/ · definitions · exposition · process · registry · subscriber
+//!              metrics/ · definitions · exposition · process · families · subscriber · registry
 //!              status/ · view · scheduled · hour · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
 //!              · words · row · filter · delivery · replay · subscriber · state · store

@@ -10,6 +10,7 @@ mod history;
 mod managed;
 mod problem;
 mod replay;
+pub mod summary;
 pub mod words;
 
 use std::{
@@ -312,6 +313,13 @@ pub struct Lane {
     pub oldest_event_age_s: Option<f64>,
     pub last_delivered_at: Option<Time>,
     pub last_error: Option<LastError>,
+}
+
+impl Lane {
+    /// Whether it has nothing in hand and nothing to retry.
+    pub fn is_idle(&self) -> bool {
+        self.in_retry == Some(0) && self.in_hand == 0
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,6 +26,9 @@ pub(super) struct Args {
     /// Only this subscriber, with its last error, what waits, and what to do
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
+    /// Each subscriber, where otherwise the worst of more than 100 are shown
+    #[arg(long)]
+    all: bool,
     /// The daemon's answer, as one JSON object
     #[arg(long)]
     json: bool,
@@ -71,7 +74,7 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
     loop {
         let answer = daemon.get::<Overview>("subscribers").await;
         let shown = match &answer {
-            Ok(found) => shown(found, name, args.json)?,
+            Ok(found) => shown(found, name, args)?,
             // While watching, wait for the daemon to return.
             Err(Failed::Runtime(why)) if every.is_some() => format!("{why}\n"),
             Err(_) => return answer.map(drop),
@@ -90,10 +93,14 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
     }
 }
 
-fn shown(found: &Answer<Overview>, name: Option<&String>, json: bool) -> Result<String, Failed> {
+fn shown(found: &Answer<Overview>, name: Option<&String>, args: &Args) -> Result<String, Failed> {
     let Answer { read, raw } = found;
     let Some(name) = name else {
-        return Ok(if json { format!("{raw}\n") } else { table(read, terminal::width()) });
+        return Ok(if args.json {
+            format!("{raw}\n")
+        } else {
+            table(read, terminal::width(), args.all)
+        });
     };
     let Some(n) = read.subscribers.iter().position(|s| s.subscriber == *name) else {
         let names: Vec<String> = read.subscribers.iter().map(|s| visible(&s.subscriber)).collect();
@@ -104,7 +111,7 @@ fn shown(found: &Answer<Overview>, name: Option<&String>, json: bool) -> Result<
             there_are(name, &names)
         )));
     };
-    Ok(if json {
+    Ok(if args.json {
         format!("{}\n", raw["subscribers"][n])
     } else {
         let width = terminal::width().unwrap_or(terminal::USUAL);
@@ -128,8 +135,10 @@ mod tests {
     fn an_unknown_subscriber_is_reported_with_those_that_are_known() {
         let raw = json!({ "phase": "running", "queue": { "up": true }, "subscribers": [{ "subscriber": "a", "state": "ok" }] });
         let found = Answer { read: serde_json::from_value(raw.clone()).expect("an overview"), raw };
-        assert_eq!(shown(&found, Some(&"a".to_owned()), false).expect("it is there"), "a: ok\n");
-        let why = shown(&found, Some(&"b".to_owned()), true).expect_err("it is not there");
+        let args = |json| Args { subscriber: None, all: false, json, watch: None };
+        let a = shown(&found, Some(&"a".to_owned()), &args(false));
+        assert_eq!(a.expect("it is there"), "a: ok\n");
+        let why = shown(&found, Some(&"b".to_owned()), &args(true)).expect_err("it is not there");
         assert!(
             matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("there are: a"))
         );

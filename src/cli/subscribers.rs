@@ -164,7 +164,9 @@ fn see(subscriber: &SubscriberName) -> String {
 fn listed(all: &[Subscriber]) -> String {
     let one = |s: &Subscriber| {
         let mut one = json!({ "subscriber": s.subscriber, "state": s.state });
-        for (key, value) in [("origin", json!(s.origin)), ("why", json!(s.why))] {
+        for (key, value) in
+            [("origin", json!(s.origin)), ("tenant", json!(s.tenant)), ("why", json!(s.why))]
+        {
             if !value.is_null() {
                 one[key] = value;
             }

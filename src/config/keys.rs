@@ -382,7 +382,7 @@ pub(super) static METRICS: &[Key] = &[global(
     Shape::Flag,
     AfterRestart,
     differs!(metrics.per_subscriber),
-    |c| plain(c.metrics_per_subscriber()),
+    |c| plain(c.metrics.per_subscriber?),
 )];
 
 pub(super) static LOG: &[Key] = &[

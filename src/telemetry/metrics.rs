@@ -2,6 +2,7 @@
 
 mod definitions;
 mod exposition;
+mod families;
 mod process;
 mod registry;
 mod subscriber;

@@ -54,11 +54,6 @@ tests_that_need!(
     mixed_faults_on_a_cluster_lose_nothing,
     mixed_faults_with_an_intake_lose_nothing,
 );
-tests_that_need!(
-    root:
-    power_that_goes_on_the_embedded_queue_loses_nothing,
-    power_that_goes_with_an_intake_loses_nothing,
-);
 
 /// A number from the environment.
 fn setting(name: &str, default: u64) -> u64 {
@@ -289,26 +284,4 @@ fn mixed_faults_with_an_intake_lose_nothing() {
 #[test]
 fn mixed_faults_on_the_embedded_queue_lose_nothing() {
     run(rounds("embedded", count(), async |_| Place::Embedded(Embedded::new())));
-}
-
-fn power_that_goes_on_the_embedded_queue_loses_nothing() {
-    run(async {
-        let disk = Arc::new(Disk::new());
-        let queue = async |_: &mut StdRng| Place::Embedded(Embedded::within(&disk.at()));
-        rounds_on(Some(disk.clone()), "power-embedded", count(), queue).await;
-    });
-}
-
-fn power_that_goes_with_an_intake_loses_nothing() {
-    run(async {
-        let disk = Arc::new(Disk::new());
-        let broker = Arc::new(Broker::private_on(&impatient(), &disk.at().join("broker")).await);
-        prepare_intake(&broker).await;
-        disk.flush();
-        let place = async |_: &mut StdRng| Place::Intake {
-            broker: broker.clone(),
-            queue: Embedded::within(&disk.at()),
-        };
-        rounds_on(Some(disk.clone()), "power-intake", count(), place).await;
-    });
 }

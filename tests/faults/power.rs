@@ -4,34 +4,43 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
-    time::SystemTime,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant, SystemTime},
 };
 
-use rand::RngExt as _;
+use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
+    count,
     environment::compiled,
+    impatient, prepare_intake,
     round::{NOTICED, Round},
-    support::eventually,
-    world::Producer,
+    rounds_on,
+    support::{PATIENCE, broker::Broker, eventually, queue::Embedded, run, tests_that_need},
+    world::{Place, Producer},
 };
 
-/// Sparse: it takes the memory of what is written to it.
+tests_that_need!(
+    root:
+    power_that_goes_on_the_embedded_queue_loses_nothing,
+    power_that_goes_with_an_intake_loses_nothing,
+);
+
+/// Sparse: it takes the room of what is written to it.
 const BYTES: u64 = 1 << 30;
 
 /// A file system of its own, on a loop device.
 pub(crate) struct Disk {
     dir: tempfile::TempDir,
     /// The program that takes the power away.
-    cut: PathBuf,
+    cut: &'static Path,
 }
 
 impl Disk {
     pub(crate) fn new() -> Self {
-        let memory = Path::new("/dev/shm");
-        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-        let dir = dir.expect("a directory");
-        let cut = compiled("power.c", "power", &[]);
+        let dir = tempfile::tempdir().expect("a directory");
+        static CUT: OnceLock<PathBuf> = OnceLock::new();
+        let cut = CUT.get_or_init(|| compiled("power.c", "power", &[]));
         let disk = Self { dir, cut };
         std::fs::File::create(disk.image()).and_then(|f| f.set_len(BYTES)).expect("an image");
         std::fs::create_dir(disk.at()).expect("a folder");
@@ -59,7 +68,7 @@ impl Disk {
 
     /// From now on nothing is written: what was not flushed is lost.
     fn loses_power(&self) {
-        must(Command::new(&self.cut).arg(self.at()));
+        must(Command::new(self.cut).arg(self.at()));
     }
 
     /// The disk again, as a machine finds it that starts. Nobody may have a file of it open.
@@ -80,7 +89,7 @@ impl Drop for Disk {
             if self.unmounted() {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
         Command::new("umount").arg("--lazy").arg(self.at()).status().ok();
     }
@@ -102,7 +111,13 @@ impl Round<'_> {
         // What there is to lose: events that were confirmed just now.
         let confirmed = || producer.ledger().confirmed.len();
         let enough = confirmed() + self.rng.random_range(20..400);
-        eventually("events are confirmed", async || confirmed() >= enough).await;
+        let begun = Instant::now();
+        while confirmed() < enough {
+            assert!(begun.elapsed() < PATIENCE, "no event is confirmed");
+            // One may have died at a step.
+            self.look_after().await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.began = SystemTime::now();
         self.log("the power is gone");
         disk.loses_power();
@@ -123,4 +138,26 @@ impl Round<'_> {
         self.log("the power is back");
         true
     }
+}
+
+fn power_that_goes_on_the_embedded_queue_loses_nothing() {
+    run(async {
+        let disk = Arc::new(Disk::new());
+        let queue = async |_: &mut StdRng| Place::Embedded(Embedded::within(&disk.at()));
+        rounds_on(Some(disk.clone()), "power-embedded", count(), queue).await;
+    });
+}
+
+fn power_that_goes_with_an_intake_loses_nothing() {
+    run(async {
+        let disk = Arc::new(Disk::new());
+        let broker = Arc::new(Broker::private_on(&impatient(), &disk.at().join("broker")).await);
+        prepare_intake(&broker).await;
+        disk.flush();
+        let place = async |_: &mut StdRng| Place::Intake {
+            broker: broker.clone(),
+            queue: Embedded::within(&disk.at()),
+        };
+        rounds_on(Some(disk.clone()), "power-intake", count(), place).await;
+    });
 }

@@ -13,9 +13,9 @@ use super::{
     },
 };
 use crate::{
-    admin::view::{Lane, Overview, State, Subscriber, words},
+    admin::view::{Lane, Overview, State, Subscriber, summary::Summary, words},
     telemetry::status::LastHour,
-    wording::counted,
+    wording::{agreed, counted},
 };
 
 /// Seconds between two refreshes of the page.
@@ -33,10 +33,12 @@ pub(super) fn answer(
         title: "Overview".to_owned(),
         refresh: Some(REFRESH),
     };
+    let summary = Summary::of(&found.subscribers);
     page.answer(html! {
         div.head { h1 { "Overview" } }
         div id="banners" data-live role="status" { (banners(found)) }
         div id="overview" data-live {
+            @if let Some(summary) = &summary { (sums(summary, found.subscribers.len())) }
             section.card {
                 @if found.subscribers.is_empty() {
                     div.empty {
@@ -44,7 +46,10 @@ pub(super) fn answer(
                         p { "Add a " code { "[[subscriber]]" } " to " code { (text(&found.config.file)) } ", then run " code { "hooktrail reload" } "." }
                     }
                 } @else {
-                    (rows(&found.subscribers, &hour))
+                    @match &summary {
+                        None => (rows(found.subscribers.iter(), &hour)),
+                        Some(summary) => (rows(summary.worst.iter().copied(), &hour)),
+                    }
                 }
             }
             (removed(found))
@@ -104,7 +109,33 @@ const COLUMNS: [Column; 10] = [
     Text("Last delivered"),
 ];
 
-fn rows(subscribers: &[Subscriber], hour: &impl Fn(&str) -> LastHour) -> Markup {
+/// What many subscribers are together; their list has pages.
+fn sums(summary: &Summary<'_>, all: usize) -> Markup {
+    let of_state = |state: &State| query(Place::Webhooks.path(), &[("state", state.name())]);
+    html! {
+        section.card.pad {
+            p {
+                a href=(Place::Webhooks.path()) { (number(all as u64)) " subscribers" } ": "
+                @for (n, (state, count)) in summary.states.iter().enumerate() {
+                    @if n > 0 { ", " }
+                    a href=(of_state(state)) { (words::states(&[(*state, *count)])) }
+                }
+            }
+            p {
+                (number(summary.events)) " " (agreed(&summary.events, "event(s) wait")) " or are in hand, "
+                (number(summary.retries)) " " (agreed(&summary.retries, "batch(es) to retry")) ", "
+                a href=(Place::DeadLetters.path()) { (number(summary.dead)) " " (agreed(&summary.dead, "dead letter(s)")) } ", "
+                (format!("{:.1}", summary.delivered_per_s)) " events/s"
+            }
+            p.muted.small { "Below are the " (summary.worst.len()) " in the worst state." }
+        }
+    }
+}
+
+fn rows<'a>(
+    subscribers: impl Iterator<Item = &'a Subscriber>,
+    hour: &impl Fn(&str) -> LastHour,
+) -> Markup {
     html! {
         (table("Subscribers", &COLUMNS, html! { @for s in subscribers { (row(s, &hour(&s.subscriber))) } }))
     }
@@ -176,6 +207,41 @@ fn removed(found: &Overview) -> Markup {
                 }))
                 p.pad.muted.small { "Configure the subscriber again to deliver it, or delete it with " code { "hooktrail prune" } "." }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::console::{page::testing::body, session};
+    use serde_json::{Value, json};
+
+    #[tokio::test]
+    async fn of_many_subscribers_those_in_the_worst_state_are_shown_below_the_sums_of_all() {
+        let page = async |n: usize| {
+            let one = |n: usize| {
+                let state = if n == 77 { "circuit_open" } else { "ok" };
+                json!({ "subscriber": format!("s{n}"), "state": state, "in_hand": 1, "dead": 2 })
+            };
+            let all: Vec<Value> = (0..n).map(one).collect();
+            let found = json!({ "phase": "running", "queue": { "up": true }, "subscribers": all });
+            let found = serde_json::from_value(found).expect("an overview");
+            body(answer(&session::of_admin(), &found, |_| LastHour::default())).await
+        };
+        let rows = |page: &str| page.matches("<th scope=\"row\">").count();
+        let (few, many) = (page(100).await, page(1200).await);
+        assert_eq!((rows(&few), rows(&many)), (100, 20));
+        assert!(!few.contains("in the worst state") && many.contains("in the worst state"));
+        for part in [
+            "1,200 subscribers",
+            "<a href=\"/console/webhooks?state=circuit_open\">1 circuit open</a>, ",
+            "1,199 ok",
+            "1,200 events wait or are in hand",
+            "2,400 dead letters",
+            ">s77<",
+        ] {
+            assert!(many.contains(part), "{part}: {many}");
         }
     }
 }

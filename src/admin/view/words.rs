@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Lane, LastError, State, Subscriber, Time};
 use crate::{
     clock,
-    wording::{counted, rounded, visible},
+    wording::{counted, grouped, rounded, visible},
 };
 
 /// The state with what explains it.
@@ -21,12 +21,21 @@ pub fn state(s: &Subscriber) -> String {
     }
 }
 
+/// How many subscribers are in each state: "3 circuit open, 97 ok".
+pub fn states(counted: &[(&State, usize)]) -> String {
+    let one = |(state, count): &(&State, usize)| {
+        format!("{} {}", grouped(*count as u64), visible(state.name()).replace('_', " "))
+    };
+    counted.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
 /// The state's name.
 pub fn name(s: &Subscriber) -> String {
-    let idle = |lane: &Lane| lane.in_retry == Some(0) && lane.in_hand == 0;
     match &s.state {
         // The batch was given up, or another daemon has it.
-        State::Retrying if s.lane.as_ref().is_some_and(idle) => "last attempt failed".to_owned(),
+        State::Retrying if s.lane.as_ref().is_some_and(Lane::is_idle) => {
+            "last attempt failed".to_owned()
+        }
         State::CircuitOpen if s.lane.is_some() => "circuit open".to_owned(),
         State::QueueFails if s.lane.is_some() => "queue fails".to_owned(),
         state => visible(state.name()),

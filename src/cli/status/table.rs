@@ -5,7 +5,8 @@ use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 use crate::{
     admin::view::{
         HistoryHealth, Lane, Overview, Subscriber, Time,
-        words::{seconds, state, until},
+        summary::Summary,
+        words::{seconds, state, states as states_of, until},
     },
     cli::{
         terminal::{self, wrapped},
@@ -13,7 +14,7 @@ use crate::{
     },
     clock,
     supervisor::fleet::Phase,
-    wording::counted,
+    wording::{agreed, counted, grouped},
 };
 
 /// The problems of the daemon itself.
@@ -79,13 +80,42 @@ fn history(of: &HistoryHealth) -> String {
     }
 }
 
-pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
+/// All subscribers, or the worst of many; `all`: all in any case.
+pub(super) fn table(found: &Overview, width: Option<usize>, all: bool) -> String {
     let mut out = preface(found);
+    let summary = if all { None } else { Summary::of(&found.subscribers) };
     // Writing to a string cannot fail.
     let mut line = |text: &str| writeln!(out, "{}", text.trim_end()).unwrap_or_default();
-    let rows: Vec<Row> = std::iter::once(COLUMNS.map(str::to_owned))
-        .chain(found.subscribers.iter().map(row))
-        .collect();
+    let shown = match &summary {
+        None => found.subscribers.iter().collect(),
+        Some(summary) => summary.worst.clone(),
+    };
+    let rows: Vec<Row> =
+        std::iter::once(COLUMNS.map(str::to_owned)).chain(shown.iter().map(|s| row(s))).collect();
+    if let Some(Summary { states, events, retries, dead, delivered_per_s, worst }) = &summary {
+        let waiting = format!(
+            "{} {} or are in hand, {} {}, {} {}, {delivered_per_s:.1}/s delivered",
+            grouped(*events),
+            agreed(events, "event(s) wait"),
+            grouped(*retries),
+            agreed(retries, "batch(es) to retry"),
+            grouped(*dead),
+            agreed(dead, "dead letter(s)"),
+        );
+        let all = grouped(found.subscribers.len() as u64);
+        for text in [
+            format!("{all} subscribers: {}", states_of(states)),
+            waiting,
+            String::new(),
+            format!(
+                "The {} in the worst state (--all shows each, --json has all of it):",
+                worst.len()
+            ),
+            String::new(),
+        ] {
+            line(&width.map_or_else(|| text.clone(), |width| wrapped(&text, width)));
+        }
+    }
     let fit = Fit::of(&rows, width);
     // A long reason would push the figures off the screen; it is printed below.
     let mut long = Vec::new();
@@ -318,7 +348,7 @@ mod tests {
             ],
             "removed": [{ "subscriber": "gone", "events": 5, "retries": 0, "dead": 1 }],
         }));
-        let shown = table(&found, None);
+        let shown = table(&found, None, false);
         for part in [
             "h.toml:3:1: x: is wrong\nanother \\u{1b}[2J",
             "wait for an operator: 2 of 2 (x)",
@@ -344,7 +374,7 @@ mod tests {
         }
         assert!(!shown.contains('\u{1b}'));
         assert!(
-            table(&overview(json!({ "phase": "running", "queue": { "up": true } })), None)
+            table(&overview(json!({ "phase": "running", "queue": { "up": true } })), None, false)
                 .contains("no subscriber is configured")
         );
     }
@@ -360,7 +390,7 @@ mod tests {
         let found = overview(json!({ "phase": "running", "queue": { "up": true },
             "subscribers": [one("siem", "ok"), one(long, "retrying"), one("crm", "retrying")] }));
         for width in [60, 80, 100, 120, 140, 200] {
-            let shown = table(&found, Some(width));
+            let shown = table(&found, Some(width), false);
             for line in shown.lines() {
                 assert!(
                     line.chars().count() <= width || line.contains("`a-sub"),
@@ -377,7 +407,7 @@ mod tests {
             }
             assert!(shown.contains("P99"), "{width}: in the head, or named below:\n{shown}");
         }
-        let narrow = table(&found, Some(80));
+        let narrow = table(&found, Some(80), false);
         assert!(
             narrow.contains("a-subscriber…") && narrow.contains("(not shown, for the width: P99,"),
             "{narrow}"
@@ -387,19 +417,47 @@ mod tests {
                 && narrow.contains("whole names, which `hooktrail status --json` has"),
             "{narrow}"
         );
-        for wide in [table(&found, Some(200)), table(&found, None)] {
+        for wide in [table(&found, Some(200), false), table(&found, None, false)] {
             assert!(!wide.contains("not shown") && wide.contains(&format!("\n{long}  ")), "{wide}");
         }
         // Two names that differ only in the middle are not cut.
         let [one, other] = ["1", "2"].map(|n| format!("{}{n}{}", "a".repeat(30), "b".repeat(30)));
         let found = overview(json!({ "phase": "running", "queue": { "up": true },
             "subscribers": [{ "subscriber": one, "state": "ok" }, { "subscriber": other, "state": "ok" }] }));
-        let shown = table(&found, Some(80));
+        let shown = table(&found, Some(80), false);
         assert!(
             shown.contains(&format!("\n{one}\n"))
                 && shown.contains(&format!("\n{other}\n"))
                 && !shown.contains('…'),
             "{shown}"
         );
+    }
+
+    #[test]
+    fn of_many_subscribers_the_worst_are_shown_below_the_sums_of_all() {
+        let one = |n: usize| {
+            let state = if n == 77 { "circuit_open" } else { "ok" };
+            json!({ "subscriber": format!("s{n}"), "state": state, "backlog": 10, "in_retry": 1, "dead": 0, "delivered_per_s": 2.0 })
+        };
+        let all: Vec<Value> = (0..1200).map(one).collect();
+        let found =
+            overview(json!({ "phase": "running", "queue": { "up": true }, "subscribers": all }));
+        let shown = table(&found, None, false);
+        for part in [
+            "1,200 subscribers: 1 circuit open, 1,199 ok\n",
+            "12,000 events wait or are in hand, 1,200 batches to retry, 0 dead letters, 2400.0/s delivered\n",
+            "The 20 in the worst state (--all shows each, --json has all of it):\n\nSUBSCRIBER",
+            "\ns77 ",
+        ] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        let narrow = table(&found, Some(60), false);
+        let (first, _) = narrow.split_once("\n\n").expect("a paragraph");
+        assert_eq!(
+            first,
+            "1,200 subscribers: 1 circuit open, 1,199 ok\n12,000 events wait or are in hand, 1,200 batches to retry, 0\n  dead letters, 2400.0/s delivered"
+        );
+        let rows = |shown: &str| shown.lines().filter(|l| l.starts_with('s')).count();
+        assert_eq!((rows(&shown), rows(&table(&found, None, true))), (20, 1200));
     }
 }

@@ -304,8 +304,8 @@ pub fn reference() -> String {
          `src/telemetry/metrics/definitions.rs`, and a test holds it to that.\n\n\
          Each subscriber has about a hundred series, which the daemon keeps and Prometheus stores. Where more than 1,000 subscribers are configured\n\
          when the daemon starts, and with `[metrics] per_subscriber = false`, all are counted together: `subscriber` is `*`, which is nobody's name;\n\
-         counters and histograms count all, and a gauge is the sum of all, so `hooktrail_paused` is how many are paused. Points in time have no sum\n\
-         and are absent, those of subscribers alone. Who it is that fails, waits or is paused, the status and the console say then.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
+         counters and histograms count all, and a gauge is the sum of all, so `hooktrail_paused` is how many are paused. A point in time\n\
+         has no sum: those of subscribers are absent. Who it is that fails, waits or is paused, the status and the console say then.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
     );
     for d in ALL {
         let labels: Vec<String> = d.labels.iter().map(|l| format!("`{l}`")).collect();

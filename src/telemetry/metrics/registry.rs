@@ -2,92 +2,20 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicU64},
+    sync::{Arc, OnceLock, atomic::AtomicU64},
     time::SystemTime,
 };
 
-use prometheus_client::{
-    encoding::{EncodeLabelSet, LabelSetEncoder, text},
-    metrics::{
-        counter::Counter,
-        family::{Family, MetricConstructor},
-        gauge::Gauge,
-        histogram::Histogram,
-    },
-    registry::Registry,
-};
+use prometheus_client::{encoding::text, metrics::counter::Counter, registry::Registry};
 
 use super::{
-    definitions::{ALL, Kind, PREFIX},
+    definitions::{ALL, PREFIX},
     exposition::{Exposition, as_plain_text, sorted},
+    families::{Families, Float, unix},
     process::Usage,
-    subscriber::{ALL_TOGETHER, Series},
+    subscriber::{ALL_TOGETHER, Series, SubscriberMetrics},
 };
 use crate::delivery::SubscriberName;
-
-/// A set of labels, which all series that have it share: with ten thousand subscribers there are
-/// half a million series.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Labels(Arc<[(&'static str, String)]>);
-
-impl Labels {
-    fn of(labels: &[(&'static str, &str)]) -> Self {
-        Self(labels.iter().map(|(label, value)| (*label, (*value).to_owned())).collect())
-    }
-
-    fn are(&self, labels: &[(&'static str, &str)]) -> bool {
-        self.0.iter().map(|(label, value)| (*label, value.as_str())).eq(labels.iter().copied())
-    }
-}
-
-impl EncodeLabelSet for Labels {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
-        (&*self.0).encode(encoder)
-    }
-}
-
-pub(super) type Float = Gauge<f64, AtomicU64>;
-
-/// The upper bounds of a histogram's buckets.
-#[derive(Debug, Clone, Copy)]
-struct Buckets(&'static [f64]);
-
-impl MetricConstructor<Histogram> for Buckets {
-    fn new_metric(&self) -> Histogram {
-        Histogram::new(self.0.iter().copied())
-    }
-}
-
-const SECONDS: Buckets =
-    Buckets(&[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
-/// A retry can be days later.
-const LONG_SECONDS: Buckets = Buckets(&[
-    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0, 259_200.0,
-]);
-const EVENTS: Buckets = Buckets(&[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]);
-const BYTES: Buckets = Buckets(&[
-    256.0,
-    1024.0,
-    4096.0,
-    16_384.0,
-    65_536.0,
-    262_144.0,
-    1_048_576.0,
-    4_194_304.0,
-    12_582_912.0,
-]);
-
-impl Buckets {
-    fn of(name: &str) -> Self {
-        match name {
-            "batch_events" => EVENTS,
-            "batch_bytes" => BYTES,
-            "attempt_duration_seconds" => SECONDS,
-            _ => LONG_SECONDS,
-        }
-    }
-}
 
 /// All metrics of a process. Clones are the same.
 #[derive(Debug, Clone)]
@@ -96,12 +24,8 @@ pub struct Metrics(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     registry: Registry,
-    counters: BTreeMap<&'static str, Family<Labels, Counter>>,
-    gauges: BTreeMap<&'static str, Family<Labels, Float>>,
-    histograms: BTreeMap<&'static str, Family<Labels, Histogram, Buckets>>,
+    families: Families,
     cpu: Counter<f64, AtomicU64>,
-    /// The series of each subscriber, which end with it.
-    series: Mutex<BTreeMap<String, Vec<(&'static str, Labels)>>>,
     /// Those that count all subscribers together, where none has its own.
     sums: OnceLock<Arc<Series>>,
 }
@@ -112,38 +36,12 @@ impl Metrics {
     /// `started` is when the process did.
     pub fn new(started: SystemTime) -> Self {
         let mut registry = Registry::with_prefix(PREFIX.trim_end_matches('_'));
-        let (mut counters, mut gauges, mut histograms) =
-            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let families = Families::registered(&mut registry, CPU);
         let cpu = Counter::default();
-        for d in ALL {
-            match d.kind {
-                Kind::Counter if d.name == CPU => registry.register(d.name, d.help, cpu.clone()),
-                Kind::Counter => {
-                    let family = Family::default();
-                    registry.register(d.name, d.help, family.clone());
-                    counters.insert(d.name, family);
-                }
-                Kind::Gauge => {
-                    let family = Family::default();
-                    registry.register(d.name, d.help, family.clone());
-                    gauges.insert(d.name, family);
-                }
-                Kind::Histogram => {
-                    let family = Family::new_with_constructor(Buckets::of(d.name));
-                    registry.register(d.name, d.help, family.clone());
-                    histograms.insert(d.name, family);
-                }
-            }
-        }
-        let metrics = Self(Arc::new(Inner {
-            registry,
-            counters,
-            gauges,
-            histograms,
-            cpu,
-            series: Mutex::default(),
-            sums: OnceLock::new(),
-        }));
+        let help = ALL.iter().find(|d| d.name == CPU).map_or("", |d| d.help);
+        registry.register(CPU, help, cpu.clone());
+        let sums = OnceLock::new();
+        let metrics = Self(Arc::new(Inner { registry, families, cpu, sums }));
         metrics.gauge("build_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         metrics.gauge("process_start_time_seconds", &[]).set(unix(started));
         metrics
@@ -165,36 +63,31 @@ impl Metrics {
 
     /// From now on a subscriber has no series of its own: all are counted together.
     pub fn sum_subscribers(&self) {
-        self.0.sums.get_or_init(|| Arc::new(Series::new(self, ALL_TOGETHER)));
+        let of_all = || Arc::new(Series::new(&self.0.families, ALL_TOGETHER));
+        self.0.sums.get_or_init(of_all);
     }
 
-    pub(super) fn sums(&self) -> Option<&Arc<Series>> {
-        self.0.sums.get()
+    /// What counts a subscriber. Its series begin, at 0.
+    pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
+        let own = || Arc::new(Series::new(&self.0.families, name));
+        SubscriberMetrics::new(self.0.sums.get().cloned().unwrap_or_else(own))
     }
 
     /// Ends the series of a subscriber.
     pub fn forget(&self, subscriber: &str) {
-        for (name, labels) in self.series().remove(subscriber).unwrap_or_default() {
-            let Inner { counters, gauges, histograms, .. } = &*self.0;
-            // In the one map that has it.
-            counters.get(name).map(|f| f.remove(&labels));
-            gauges.get(name).map(|f| f.remove(&labels));
-            histograms.get(name).map(|f| f.remove(&labels));
-        }
+        self.0.families.forget(subscriber);
     }
 
     /// The messages of subscribers that are not configured any more; the series of all others end.
     pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
-        let family = &self.0.gauges["removed_subscriber_messages"];
-        family.clear();
-        if self.sums().is_some() {
-            let labels = Labels::of(&[("subscriber", ALL_TOGETHER)]);
-            family.get_or_create_owned(&labels).set(removed.values().sum::<u64>() as f64);
-            return;
-        }
-        for (name, messages) in removed {
-            let labels = Labels::of(&[("subscriber", name.as_str())]);
-            family.get_or_create_owned(&labels).set(*messages as f64);
+        let all = removed.values().sum::<u64>() as f64;
+        let each = removed.iter().map(|(name, messages)| (name.as_str(), *messages as f64));
+        let set = |values: &mut dyn Iterator<Item = (&str, f64)>| {
+            self.0.families.set_all("removed_subscriber_messages", "subscriber", values);
+        };
+        match self.0.sums.get() {
+            Some(_) => set(&mut std::iter::once((ALL_TOGETHER, all))),
+            None => set(&mut each.into_iter()),
         }
     }
 
@@ -320,40 +213,12 @@ impl Metrics {
         self.gauge("config_last_reload_successful", &[]).set(f64::from(ok));
     }
 
-    fn series(&self) -> MutexGuard<'_, BTreeMap<String, Vec<(&'static str, Labels)>>> {
-        self.0.series.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
+        self.0.families.counter(name, labels)
     }
 
-    fn labels(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Labels {
-        debug_assert!(
-            ALL.iter().any(|d| d.name == name && d.labels.iter().eq(labels.iter().map(|(l, _)| l))),
-            "{name} is not defined with {labels:?}"
-        );
-        let [("subscriber", subscriber), ..] = labels else { return Labels::of(labels) };
-        let mut series = self.series();
-        let own = series.entry((*subscriber).to_owned()).or_default();
-        let known = own.iter().find(|(_, set)| set.are(labels)).map(|(_, set)| set.clone());
-        let set = known.unwrap_or_else(|| Labels::of(labels));
-        if !own.iter().any(|(n, s)| *n == name && *s == set) {
-            own.push((name, set.clone()));
-        }
-        set
-    }
-
-    pub(super) fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
-        self.0.counters[name].get_or_create_owned(&self.labels(name, labels))
-    }
-
-    pub(super) fn gauge(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Float {
-        self.0.gauges[name].get_or_create_owned(&self.labels(name, labels))
-    }
-
-    pub(super) fn histogram(
-        &self,
-        name: &'static str,
-        labels: &[(&'static str, &str)],
-    ) -> Histogram {
-        self.0.histograms[name].get_or_create_owned(&self.labels(name, labels))
+    fn gauge(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Float {
+        self.0.families.gauge(name, labels)
     }
 
     fn report_process(&self) {
@@ -371,11 +236,6 @@ impl Metrics {
             }
         }
     }
-}
-
-/// Unix seconds.
-pub(super) fn unix(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// Counts a connection as open.
@@ -553,12 +413,12 @@ mod tests {
             one.count(&LaneEvent::Taken { events: 5 });
             one.set_up(true);
             one.set_circuit(CircuitState::Closed, None);
-            one.set_retries(2, Some(SystemTime::now()));
-            one.set_oldest(Some(SystemTime::now()));
+            one.set_retries(2, Some(SystemTime::UNIX_EPOCH));
+            one.set_oldest(Some(SystemTime::UNIX_EPOCH));
             one.set_queues([9; 3]);
             one.set_queues(queues);
         }
-        a.set_circuit(CircuitState::Open, Some(SystemTime::now()));
+        a.set_circuit(CircuitState::Open, Some(SystemTime::UNIX_EPOCH));
         let value = |series: &str| {
             let text = m.expose();
             let start = format!("hooktrail_{series}}} ");

@@ -11,7 +11,7 @@ use std::{
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 
-use super::registry::{Float, Metrics, unix};
+use super::families::{Families, Float, unix};
 use crate::{
     delivery::{DispositionKind, FailureKind, Reason},
     policy::circuit_breaker::CircuitState,
@@ -94,54 +94,46 @@ impl Drop for Share {
     }
 }
 
-impl Metrics {
-    /// What counts a subscriber. Its series begin, at 0.
-    pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
-        let own = || Arc::new(Series::new(self, name));
-        SubscriberMetrics::new(self.sums().cloned().unwrap_or_else(own))
-    }
-}
-
 impl Series {
-    pub(super) fn new(metrics: &Metrics, name: &str) -> Self {
+    pub(super) fn new(of_all: &Families, name: &str) -> Self {
         let of = [("subscriber", name)];
         let outcome = |o: DispositionKind| {
-            (o, metrics.counter("attempts", &[("subscriber", name), ("outcome", o.name())]))
+            (o, of_all.counter("attempts", &[("subscriber", name), ("outcome", o.name())]))
         };
         let failure = |f: FailureKind| {
-            (f, metrics.counter("attempt_failures", &[("subscriber", name), ("failure", f.name())]))
+            (f, of_all.counter("attempt_failures", &[("subscriber", name), ("failure", f.name())]))
         };
         let reason = |r: Reason| {
-            (r, metrics.counter("dead_letters", &[("subscriber", name), ("reason", r.name())]))
+            (r, of_all.counter("dead_letters", &[("subscriber", name), ("reason", r.name())]))
         };
         let state = |s: CircuitState| {
-            (s, metrics.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]))
+            (s, of_all.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]))
         };
-        let queue = |q| metrics.gauge("queue_messages", &[("subscriber", name), ("queue", q)]);
+        let queue = |q| of_all.gauge("queue_messages", &[("subscriber", name), ("queue", q)]);
         let times = || Times {
-            circuit_opened: metrics.gauge("circuit_opened_timestamp_seconds", &of),
-            next_retry: metrics.gauge("next_retry_timestamp_seconds", &of),
-            oldest: metrics.gauge("oldest_event_timestamp_seconds", &of),
+            circuit_opened: of_all.gauge("circuit_opened_timestamp_seconds", &of),
+            next_retry: of_all.gauge("next_retry_timestamp_seconds", &of),
+            oldest: of_all.gauge("oldest_event_timestamp_seconds", &of),
         };
         Self {
-            received: metrics.counter("events_received", &of),
-            delivered: metrics.counter("events_delivered", &of),
-            recognised: metrics.counter("events_recognised", &of),
+            received: of_all.counter("events_received", &of),
+            delivered: of_all.counter("events_delivered", &of),
+            recognised: of_all.counter("events_recognised", &of),
             attempts: DispositionKind::ALL.map(outcome).into(),
             failures: FailureKind::ALL.map(failure).into(),
-            unsent: metrics.counter("unsent_requests", &of),
+            unsent: of_all.counter("unsent_requests", &of),
             dead_letters: Reason::OWN.map(reason).into(),
-            attempt_duration: metrics.histogram("attempt_duration_seconds", &of),
-            batch_events: metrics.histogram("batch_events", &of),
-            batch_bytes: metrics.histogram("batch_bytes", &of),
-            lag: metrics.histogram("delivery_lag_seconds", &of),
-            delivery_duration: metrics.histogram("delivery_duration_seconds", &of),
-            in_flight: metrics.gauge("requests_in_flight", &of),
+            attempt_duration: of_all.histogram("attempt_duration_seconds", &of),
+            batch_events: of_all.histogram("batch_events", &of),
+            batch_bytes: of_all.histogram("batch_bytes", &of),
+            lag: of_all.histogram("delivery_lag_seconds", &of),
+            delivery_duration: of_all.histogram("delivery_duration_seconds", &of),
+            in_flight: of_all.gauge("requests_in_flight", &of),
             circuit: CircuitState::ALL.map(state).into(),
-            paused: metrics.gauge("paused", &of),
-            up: metrics.gauge("lane_up", &of),
-            panics: metrics.counter("lane_panics", &of),
-            retries_waiting: metrics.gauge("retries_waiting", &of),
+            paused: of_all.gauge("paused", &of),
+            up: of_all.gauge("lane_up", &of),
+            panics: of_all.counter("lane_panics", &of),
+            retries_waiting: of_all.gauge("retries_waiting", &of),
             queues: [queue("main"), queue("retry"), queue("dead")],
             times: (name != ALL_TOGETHER).then(times),
         }
@@ -149,7 +141,7 @@ impl Series {
 }
 
 impl SubscriberMetrics {
-    fn new(series: Arc<Series>) -> Self {
+    pub(super) fn new(series: Arc<Series>) -> Self {
         let circuit = series.circuit.iter().map(|(state, gauge)| (*state, Share::of(gauge)));
         Self {
             in_flight: Share::of(&series.in_flight),

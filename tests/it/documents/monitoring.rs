@@ -81,8 +81,10 @@ fn every_label_that_a_selector_names_is_one_of_its_metric() {
                 .flat_map(|t| t.split(opening.as_str()).skip(1))
                 .filter_map(|rest| rest.split('}').next())
             {
-                for label in
-                    selector.split(',').filter_map(|part| part.split('=').next()).map(str::trim)
+                for label in selector
+                    .split(',')
+                    .filter_map(|part| part.split(['=', '!']).next())
+                    .map(str::trim)
                 {
                     assert!(d.labels.contains(&label), "`{}` has no label `{label}`", d.exposed());
                     seen += 1;
