@@ -413,17 +413,27 @@ struct Line<'a> {
     events: Option<&'a Vec<Box<RawValue>>>,
 }
 
-/// The events of a body, each with its exact bytes.
+/// The events of a body in any format, each with its exact bytes.
 fn events_of(body: &[u8], content_type: &str) -> Result<Vec<Box<RawValue>>, String> {
     #[derive(serde::Deserialize)]
     struct Payload {
-        events: Vec<Box<RawValue>>,
+        /// Of a single event.
+        event: Option<Box<RawValue>>,
+        events: Option<Vec<Box<RawValue>>>,
     }
+    let why = |e: serde_json::Error| e.to_string();
     if content_type == "application/jsonl" {
         let lines = serde_json::Deserializer::from_slice(body).into_iter();
-        return lines.collect::<Result<_, _>>().map_err(|e| e.to_string());
+        return lines.collect::<Result<_, _>>().map_err(why);
     }
-    serde_json::from_slice::<Payload>(body).map(|p| p.events).map_err(|e| e.to_string())
+    if body.trim_ascii_start().starts_with(b"[") {
+        return serde_json::from_slice(body).map_err(why);
+    }
+    match serde_json::from_slice::<Payload>(body).map_err(why)? {
+        Payload { event: Some(_), .. } => Ok(vec![serde_json::from_slice(body).map_err(why)?]),
+        Payload { events: Some(events), .. } => Ok(events),
+        Payload { .. } => Err("missing field `events`".to_owned()),
+    }
 }
 
 /// An audit event for people; anything else unchanged.
@@ -559,6 +569,14 @@ mod tests {
             json.iter().map(|e| e.get()).collect::<Vec<_>>(),
             lines.iter().map(|e| e.get()).collect::<Vec<_>>()
         );
-        assert!(events_of(b"nonsense", "application/json").is_err());
+        for (body, n) in [
+            (&b"[{\"event\":\"a\"},{\"event\":\"b\",\"events\":[]}]"[..], 2),
+            (b" {\"event\":\"a\",\"events\":[1,2,3]}", 1),
+        ] {
+            assert_eq!(events_of(body, "application/json").expect("events").len(), n);
+        }
+        for no in [&b"nonsense"[..], b"{}", b"{\"events\":1}", b"1", b"[1"] {
+            assert!(events_of(no, "application/json").is_err());
+        }
     }
 }

@@ -618,8 +618,8 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "format",
-        "The request body: {\"events\":[…]}, or one event a line.",
-        Shape::Word(&["json", "jsonl"]),
+        "The request body: json is {\"events\":[…]}, jsonl one event a line, json_array […], single one event a request.",
+        Shape::Word(&["json", "jsonl", "json_array", "single"]),
         &[Requests, Session],
         differs!(format),
         |s| word(s.format.name()),
@@ -735,7 +735,11 @@ pub(super) static MANAGED: &[Key] = &[
     read("url", "The URL of the requests.", Shape::Text).required(),
     read("events", "Patterns, as of [[subscriber]].", Shape::List(&Shape::Text)),
     read("tenant", "The tenant whose events it gets; it cannot be changed.", Shape::Text),
-    read("format", "The request body, as of [[subscriber]].", Shape::Word(&["json", "jsonl"])),
+    read(
+        "format",
+        "The request body, as of [[subscriber]].",
+        Shape::Word(&["json", "jsonl", "json_array", "single"]),
+    ),
     read("secrets", "The secrets themselves, the current one first.", Shape::List(&Shape::Text)),
     read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
     read("headers", "Headers of each request.", Shape::Map(&Shape::Text)),

@@ -207,7 +207,8 @@ pub(super) fn of_section<'d>(
         preset: preset.and_then(|s| layer(s, key, keys)),
         base: base.clone(),
     };
-    let batch = policies::batch(reader, &group("batch", keys::BATCH, &defaults.batch));
+    let batch_group = group("batch", keys::BATCH, &defaults.batch);
+    let batch = policies::batch(reader, &batch_group);
     let http_group = Layers {
         own: layer(section, "http", defaults.own_http),
         preset: preset.and_then(|s| layer(s, "http", keys::HTTP)),
@@ -228,8 +229,11 @@ pub(super) fn of_section<'d>(
         ),
     };
     let tenant = tenant::tenant(reader, section, defaults.tenants);
-    let format = reader
-        .one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
+    let format =
+        reader.one_of(section.get("format"), &Format::ALL.map(|format| (format.name(), format)));
+    let batch = batch
+        .zip(format)
+        .and_then(|(batch, format)| policies::fitting(reader, batch, format, &batch_group));
     let headers =
         section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
     let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));

@@ -1204,3 +1204,22 @@ fn subscribers_have_metrics_of_their_own_up_to_a_thousand_unless_it_is_said() {
     assert!(with(1001, "[metrics]\nper_subscriber = true"));
     assert!(!with(1, "[metrics]\nper_subscriber = false"));
 }
+
+#[test]
+fn a_format_of_single_events_has_batches_of_one_and_no_other_number() {
+    let of = |lines: &str| testing::subscriber("a", lines).batch.max_events;
+    assert_eq!((of("format = \"single\""), of("format = \"json_array\"")), (1, 500));
+    assert_eq!(of("format = \"single\"\nbatch = { max_events = 1 }"), 1);
+    let with = |own: &str| {
+        let one = SUBSCRIBER.to_owned() + "format = \"single\"\n" + own;
+        load_text(&format!("{QUEUE}[batch]\nmax_events = 100\n{one}"))
+    };
+    assert_eq!(with("").expect("that of all gives way").subscribers[0].batch.max_events, 1);
+    let problems = with("batch = { max_events = 500 }").expect_err("it cannot");
+    assert_eq!(
+        problems,
+        [
+            "h.toml:10:24: subscriber[a].batch.max_events: must be at most 1 with format = \"single\"; leave it out, or choose another format"
+        ]
+    );
+}

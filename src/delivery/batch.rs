@@ -147,7 +147,7 @@ mod tests {
     fn each_half_has_the_prints_of_its_events_unless_the_body_has_another_number_of_them() {
         let events = [&br#"{"event":"a"}"#[..], br#"{"event":"b"}"#, br#"{"event":"c"}"#];
         let prints: Vec<Print> = events.iter().map(|e| Print::of(e)).collect();
-        for format in [Format::Json, Format::JsonLines] {
+        for format in [Format::Json, Format::JsonLines, Format::JsonArray] {
             let whole = Batch {
                 id: BatchId::from("msg_1"),
                 body: format.splice(events.into_iter(), 39).into(),

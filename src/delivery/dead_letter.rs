@@ -116,7 +116,7 @@ impl DeadLetter {
         Self {
             kind: MessageKind::Batch,
             reason,
-            content_type: Some(batch.format.content_type().to_owned()),
+            content_type: Some(batch.format.label().to_owned()),
             content_encoding: None,
             id: Some(batch.id.to_string()),
             body: batch.body,
@@ -177,9 +177,7 @@ impl DeadLetter {
 
     /// The format of a batch's body, by its content type.
     pub fn format(&self) -> Option<Format> {
-        [Format::Json, Format::JsonLines]
-            .into_iter()
-            .find(|f| self.content_type.as_deref() == Some(f.content_type()))
+        Format::labelled(self.content_type.as_deref()?)
     }
 
     /// The batch to replay: with its id, attempts and elapsed time counted from zero, and marked as

@@ -7,16 +7,26 @@ pub enum Format {
     Json,
     /// One event a line, each line ended, `application/jsonl` (<https://jsonlines.org>).
     JsonLines,
+    /// `[…]`, `application/json`.
+    JsonArray,
+    /// One event and nothing around it, `application/json`.
+    Single,
 }
 
-const HEAD: &[u8] = br#"{"events":["#;
-const TAIL: &[u8] = b"]}";
+/// What is around the events of a body, and between two of them.
+struct Frame {
+    head: &'static [u8],
+    separator: &'static [u8],
+    tail: &'static [u8],
+}
 
 impl Format {
+    pub const ALL: [Self; 4] = [Self::Json, Self::JsonLines, Self::JsonArray, Self::Single];
+
     /// The `content-type` of a request in this format.
     pub const fn content_type(self) -> &'static str {
         match self {
-            Self::Json => "application/json",
+            Self::Json | Self::JsonArray | Self::Single => "application/json",
             Self::JsonLines => "application/jsonl",
         }
     }
@@ -26,17 +36,50 @@ impl Format {
         match self {
             Self::Json => "json",
             Self::JsonLines => "jsonl",
+            Self::JsonArray => "json_array",
+            Self::Single => "single",
         }
+    }
+
+    /// The media type that a stored batch is labelled with: of several formats with one content
+    /// type, it says which.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Json | Self::JsonLines => self.content_type(),
+            Self::JsonArray => "application/json; format=json_array",
+            Self::Single => "application/json; format=single",
+        }
+    }
+
+    /// The format of a stored batch, by its [`label`](Self::label).
+    pub fn labelled(label: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.label() == label)
+    }
+
+    /// The most events of a body, if the format limits them.
+    pub const fn most_events(self) -> Option<usize> {
+        match self {
+            Self::Single => Some(1),
+            Self::Json | Self::JsonLines | Self::JsonArray => None,
+        }
+    }
+
+    const fn frame(self) -> Frame {
+        let (head, separator, tail): (&[u8], &[u8], &[u8]) = match self {
+            Self::Json => (br#"{"events":["#, b",", b"]}"),
+            Self::JsonLines => (b"", b"\n", b"\n"),
+            Self::JsonArray => (b"[", b",", b"]"),
+            Self::Single => (b"", b"", b""),
+        };
+        Frame { head, separator, tail }
     }
 
     /// An upper bound for the bytes of a body with `events` events of `bytes` bytes in total.
     ///
-    /// Exact for JSON; JSON Lines may drop line breaks and be shorter.
+    /// Exact but for JSON Lines, which may drop line breaks and be shorter.
     pub const fn body_len(self, events: usize, bytes: usize) -> usize {
-        match self {
-            Self::Json => HEAD.len() + TAIL.len() + bytes + events.saturating_sub(1),
-            Self::JsonLines => bytes + events,
-        }
+        let Frame { head, separator, tail } = self.frame();
+        head.len() + bytes + separator.len() * events.saturating_sub(1) + tail.len()
     }
 
     /// Splices valid events into one body.
@@ -45,52 +88,52 @@ impl Format {
         events: impl ExactSizeIterator<Item = &'a [u8]>,
         bytes: usize,
     ) -> Vec<u8> {
+        debug_assert!(self.most_events().is_none_or(|most| events.len() <= most));
+        let Frame { head, separator, tail } = self.frame();
         let mut body = Vec::with_capacity(self.body_len(events.len(), bytes));
-        match self {
-            Self::Json => {
-                body.extend_from_slice(HEAD);
-                for (n, event) in events.enumerate() {
-                    if n > 0 {
-                        body.push(b',');
-                    }
-                    body.extend_from_slice(event);
-                }
-                body.extend_from_slice(TAIL);
+        body.extend_from_slice(head);
+        for (n, event) in events.enumerate() {
+            if n > 0 {
+                body.extend_from_slice(separator);
             }
-            Self::JsonLines => {
-                for event in events {
-                    // JSON has no raw line break inside a string, so each one is between tokens and
-                    // can be dropped without changing a value.
-                    for part in event.split(|b| matches!(b, b'\n' | b'\r')) {
-                        body.extend_from_slice(part);
-                    }
-                    body.push(b'\n');
+            if self == Self::JsonLines {
+                // JSON has no raw line break inside a string, so each one is between tokens and can
+                // be dropped without changing a value.
+                for part in event.split(|b| matches!(b, b'\n' | b'\r')) {
+                    body.extend_from_slice(part);
                 }
+            } else {
+                body.extend_from_slice(event);
             }
         }
+        body.extend_from_slice(tail);
         body
     }
 
     /// The first event of a body that [`splice`](Self::splice) made.
     pub fn first_event(self, body: &[u8]) -> Option<&[u8]> {
         match self {
-            Self::Json => {
-                let events = body.strip_prefix(HEAD)?;
+            Self::Json | Self::JsonArray => {
+                let events = body.strip_prefix(self.frame().head)?;
                 let first = serde_json::Deserializer::from_slice(events)
                     .into_iter::<&serde_json::value::RawValue>()
                     .next()?;
                 Some(first.ok()?.get().as_bytes())
             }
             Self::JsonLines => body.split(|b| *b == b'\n').next(),
+            Self::Single => Some(body),
         }
     }
 
     /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` for any
     /// other body.
     pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
+        let Frame { head, tail, .. } = self.frame();
+        let events = body.strip_prefix(head)?.strip_suffix(tail)?;
         match self {
-            Self::Json => between_commas(body.strip_prefix(HEAD)?.strip_suffix(TAIL)?),
-            Self::JsonLines => Some(body.strip_suffix(b"\n")?.split(|b| *b == b'\n').collect()),
+            Self::Json | Self::JsonArray => between_commas(events),
+            Self::JsonLines => Some(events.split(|b| *b == b'\n').collect()),
+            Self::Single => Some(vec![events]),
         }
     }
 }
@@ -140,6 +183,24 @@ mod tests {
     }
 
     #[test]
+    fn an_array_and_a_single_event_have_nothing_else_in_the_body() {
+        let (a, b) = (&b" {\n\"event\" : \"a\" } "[..], &b"{\"event\":\"b\"}"[..]);
+        assert_eq!(splice(Format::JsonArray, &[a, b]), [b"[", a, b",", b, b"]"].concat());
+        assert_eq!(splice(Format::Single, &[a]), a);
+        assert_eq!(Format::Single.events(a), Some(vec![a]));
+        assert_eq!(Format::JsonArray.events(b"{\"events\":[]}"), None);
+    }
+
+    #[test]
+    fn each_format_is_known_by_its_label_and_no_other_is() {
+        for format in Format::ALL {
+            assert_eq!(Format::labelled(format.label()), Some(format));
+            assert!(format.label().starts_with(format.content_type()));
+        }
+        assert_eq!(Format::labelled("application/json; format=xml"), None);
+    }
+
+    #[test]
     fn json_lines_strips_only_the_line_breaks_between_tokens() {
         let body =
             splice(Format::JsonLines, &[b"{\r\n \"event\":\n\"a\\n\" }\n", b"{\"event\":\"b\"}"]);
@@ -179,6 +240,12 @@ mod tests {
             prop_assert_eq!(&json["events"], &Value::Array(values.clone()));
             let body = splice(Format::Json, &raw);
             prop_assert_eq!(Format::Json.events(&body).expect("made by splice"), raw.clone());
+
+            let array = splice(Format::JsonArray, &raw);
+            let parsed: Value = serde_json::from_slice(&array).expect("a JSON body");
+            prop_assert_eq!(&parsed, &Value::Array(values.clone()));
+            prop_assert_eq!(array.len(), Format::JsonArray.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
+            prop_assert_eq!(Format::JsonArray.events(&array).expect("made by splice"), raw.clone());
 
             let lines = splice(Format::JsonLines, &raw);
             prop_assert!(lines.len() <= Format::JsonLines.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));

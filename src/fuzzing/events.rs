@@ -54,6 +54,8 @@ fn received(format: Format, body: &[u8]) -> Vec<&RawValue> {
             serde_json::from_str(fields.last("events").expect("the field `events`"))
                 .expect("an array")
         }
+        Format::JsonArray => serde_json::from_slice(body).expect("an array"),
+        Format::Single => vec![serde_json::from_slice(body).expect("an event")],
         Format::JsonLines => {
             let lines = text.strip_suffix('\n').expect("the last line is ended").split('\n');
             lines.map(|line| serde_json::from_str(line).expect("each line is JSON")).collect()
@@ -78,8 +80,10 @@ pub fn splice(bytes: &[u8]) {
     if events.is_empty() {
         return;
     }
-    for format in [Format::Json, Format::JsonLines] {
-        let body = spliced(format, &events);
+    let all = &events;
+    for format in Format::ALL {
+        let events = &all[..format.most_events().unwrap_or(all.len()).min(all.len())];
+        let body = spliced(format, events);
         let longest = format.body_len(events.len(), events.iter().map(|e| e.len()).sum());
         assert!(body.len() == longest || format == Format::JsonLines && body.len() < longest);
 
@@ -88,10 +92,10 @@ pub fn splice(bytes: &[u8]) {
         let mut values = Vec::new();
         for (event, read) in events.iter().zip(&read) {
             let text = std::str::from_utf8(event).expect("UTF-8");
-            let kept = if format == Format::Json {
-                text.to_owned()
-            } else {
+            let kept = if format == Format::JsonLines {
                 text.replace(['\r', '\n'], "")
+            } else {
+                text.to_owned()
             };
             assert_eq!(read.get(), kept.trim_matches(WHITE_SPACE), "each byte is kept");
             assert_eq!(event::head(read.get().as_bytes()), event::head(event));

@@ -195,7 +195,11 @@ impl<Q: Queue, S: Store> Recorder<'_, Q, S> {
         self.gaps.record(self.store).await?;
         let reach = self.store.reach().await?;
         // Without it history goes on where the queue allows that.
-        let start = HistoryStart { store: self.store.id().await.ok(), last: reach.last };
+        let start = HistoryStart {
+            store: self.store.id().await.ok(),
+            last: reach.last,
+            known_until: reach.known_until(),
+        };
         let claimed = self.queue.claim_history(&start).await;
         let keeps = match &claimed {
             Ok(()) => Keeps::Here,

@@ -387,7 +387,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_rebuilt_batch_has_the_id_and_the_bytes_that_were_sent() {
-        for (format, event_ids) in [(Format::Json, false), (Format::JsonLines, true)] {
+        for (format, event_ids) in
+            [(Format::Json, false), (Format::JsonLines, true), (Format::JsonArray, false)]
+        {
             let store = FakeStore::default();
             let (delivery, body) = sent(&store, format, event_ids).await;
             store.append(vec![new("{}", 9); 2000]).await.expect("appends");

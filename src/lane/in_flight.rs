@@ -149,7 +149,7 @@ fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> Batc
     let times = events.iter().map(|e| e.event.published_at);
     let all = numbers.into_iter().zip(times).zip(prints);
     let ids = if subscriber.event_ids { "with ids" } else { "" };
-    let form = format!("{} {ids}", subscriber.format.content_type());
+    let form = format!("{} {ids}", subscriber.format.label());
     BatchId::of_events(
         &subscriber.name,
         &form,

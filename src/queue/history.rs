@@ -15,6 +15,8 @@ pub struct HistoryStart {
     pub store: Option<String>,
     /// The number and the time of the last event in the store.
     pub last: Option<(EventNumber, SystemTime)>,
+    /// Until when it is known what the store lacks; `None` if history begins with its first event.
+    pub known_until: Option<SystemTime>,
 }
 
 /// The end of a queue that gives every event, whether a subscriber wants it or not, to history.

@@ -160,6 +160,16 @@ pub struct Reach {
     pub deliveries: u64,
 }
 
+impl Reach {
+    /// Until when it is known which events history has: the time of the last one, or, of history
+    /// that began again and has none yet, the end of the gap that says so. `None` if nothing was
+    /// ever there to be lacked.
+    pub fn known_until(&self) -> Option<SystemTime> {
+        let gaps = || self.gaps.iter().filter(|gap| gap.what == "events").map(|gap| gap.until);
+        self.last.map(|(_, at)| at).or_else(|| gaps().max())
+    }
+}
+
 /// The patterns of a subscriber for a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
@@ -168,4 +178,37 @@ pub struct Subscription {
     pub from: SystemTime,
     /// `None` if they hold today.
     pub until: Option<SystemTime>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn what_history_lacks_is_known_until_its_last_event_or_the_gap_with_which_it_began_again() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let gap = |what, until| Gap {
+            from: at(1),
+            until: at(until),
+            what,
+            why: "it began again".to_owned(),
+            missing: None,
+        };
+        let reach = |last: Option<u64>, gaps: Vec<Gap>| Reach {
+            events_from: None,
+            deliveries_from: None,
+            why: String::new(),
+            last: last.map(|seconds| (EventNumber(1), at(seconds))),
+            gaps,
+            bytes: 0,
+            events: 0,
+            deliveries: 0,
+        };
+        assert_eq!(reach(None, vec![]).known_until(), None);
+        assert_eq!(reach(None, vec![gap("deliveries", 9)]).known_until(), None);
+        let both = vec![gap("events", 5), gap("events", 4), gap("deliveries", 9)];
+        assert_eq!(reach(None, both.clone()).known_until(), Some(at(5)));
+        assert_eq!(reach(Some(3), both).known_until(), Some(at(3)));
+    }
 }

@@ -42,7 +42,11 @@ def wrong(request):
     if headers["content-type"] not in operation["requestBody"]["content"]:
         yield f"content-type {headers['content-type']}"
     if headers["content-type"] == "application/json":
-        yield from (e.message for e in validators["payload.json"].iter_errors(json.loads(body)))
+        parsed = json.loads(body)
+        array = parsed if isinstance(parsed, list) else [parsed]
+        schema = "payload.json" if "events" in parsed else "event.json"
+        for one in array:
+            yield from (e.message for e in validators[schema].iter_errors(one))
     elif headers["content-type"] == "application/jsonl":
         for line in body.decode().removesuffix("\n").split("\n"):
             yield from (e.message for e in validators["event.json"].iter_errors(json.loads(line)))

@@ -369,7 +369,7 @@ impl DeliveryList {
 pub struct Delivery {
     pub id: String,
     pub subscriber: String,
-    /// `json` or `jsonl`; `None` of a single event that never became a batch.
+    /// As in the configuration: `json` for example; `None` of a single event that never became a batch.
     pub format: Option<String>,
     /// `in_flight`, `retrying`, `delivered`, `dead`, `paused`, `split`, `interrupted`, `unknown`.
     pub state: String,

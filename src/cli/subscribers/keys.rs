@@ -40,7 +40,7 @@ pub(in crate::cli) struct Keys {
     /// The tenant whose events it gets, and no others; only for a new one
     #[arg(long, value_name = "TENANT")]
     tenant: Option<Tenant>,
-    /// What a request's body is: `json`, or `jsonl`
+    /// What a request's body is: `json`, `jsonl`, `json_array` or `single`
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
     /// What it is for

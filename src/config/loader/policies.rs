@@ -16,6 +16,7 @@ use crate::{
         subscriber::HttpPolicy,
     },
     crypto::secret::SecretUrl,
+    event::payload::Format,
     policy::{
         address::AddressPolicy,
         answer::Success,
@@ -38,6 +39,25 @@ pub(super) fn batch(reader: &Reader<'_>, group: &Layers<'_>) -> Option<BatchPoli
         max_bytes: usize::try_from(max_bytes?).ok()?,
         max_wait: max_wait?,
     })
+}
+
+/// A batch has no more events than a body of the format.
+pub(super) fn fitting(
+    reader: &Reader<'_>,
+    batch: BatchPolicy,
+    format: Format,
+    group: &Layers<'_>,
+) -> Option<BatchPolicy> {
+    let Some(most) = format.most_events().filter(|most| *most < batch.max_events) else {
+        return Some(batch);
+    };
+    if group.layer("max_events") == Layer::Own
+        && let Some(v) = group.get("max_events")
+    {
+        reader.report(&v, format!("must be at most {most} with format = \"{}\"; leave it out, or choose another format", format.name()));
+        return None;
+    }
+    Some(BatchPolicy { max_events: most, ..batch })
 }
 
 pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy> {

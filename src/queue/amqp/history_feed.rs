@@ -160,7 +160,7 @@ impl History {
         start: HistoryStart,
     ) -> Result<Self, QueueError> {
         let store = claim(shared, &start).await?;
-        if let Some((_, at)) = start.last {
+        if let Some(at) = start.known_until {
             shared.history.stored(at);
         }
         shared.history.want(true);

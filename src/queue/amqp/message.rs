@@ -177,7 +177,7 @@ pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
     if e.replay {
         h.insert(REPLAY.into(), text("true"));
     }
-    (e.body.clone(), properties(Some(e.format.content_type()), Some(e.id.as_str())).with_headers(h))
+    (e.body.clone(), properties(Some(e.format.label()), Some(e.id.as_str())).with_headers(h))
 }
 
 /// Adds to an envelope when it leaves the ladder.
@@ -455,8 +455,7 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
         return Err("it is empty".to_owned());
     }
     let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
-    let format =
-        [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    let format = Format::labelled(content_type);
     let events = h.integer(EVENTS)?.unwrap_or(0);
     Ok(Batch {
         id: batch_id.into(),

@@ -831,8 +831,7 @@ fn due(
 
 fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
     let content_type: String = row.get(3)?;
-    let format =
-        [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    let format = Format::labelled(&content_type);
     let first_attempt_at = row.get::<_, Option<i64>>(6)?.map(from_millis);
     let (id, events, attempts, body) = (
         row.get::<_, String>(2)?,
@@ -1049,7 +1048,7 @@ pub(super) fn insert_retry(
         subscriber,
         due,
         e.id.as_str(),
-        e.format.content_type(),
+        e.format.label(),
         e.events,
         e.attempts,
         e.first_attempt_at.map(millis),

@@ -112,7 +112,7 @@ mod tests {
         let test = async {
             publish(&queue, "x", 3).await;
             publish(&queue, "unmatched", 1).await;
-            let start = HistoryStart { store: None, last: None };
+            let start = HistoryStart { store: None, last: None, known_until: None };
             let mut source = queue.history(start).await.expect("opens");
             let mut taken = Vec::new();
             source.take(&mut taken, 2).await.expect("takes");
@@ -133,7 +133,10 @@ mod tests {
             more.expect("takes");
             assert_eq!(taken.len(), 5);
             let last = taken[1].number.map(|number| (number, taken[1].at));
-            let mut again = queue.history(HistoryStart { store: None, last }).await.expect("opens");
+            let mut again = queue
+                .history(HistoryStart { store: None, last, known_until: None })
+                .await
+                .expect("opens");
             let mut rows = Vec::new();
             again.take(&mut rows, 10).await.expect("takes");
             assert_eq!(rows, taken[2..], "from where history is");

@@ -331,6 +331,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Option<Delivery>> {
         contents: Contents {
             format: row.get::<_, Option<i64>>(8)?.map(|n| match n {
                 1 => Format::JsonLines,
+                2 => Format::JsonArray,
+                3 => Format::Single,
                 _ => Format::Json,
             }),
             events: row.get(9)?,
@@ -348,6 +350,8 @@ const fn format_number(format: Format) -> i64 {
     match format {
         Format::Json => 0,
         Format::JsonLines => 1,
+        Format::JsonArray => 2,
+        Format::Single => 3,
     }
 }
 

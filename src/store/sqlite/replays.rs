@@ -37,7 +37,10 @@ struct StoredOrder {
     events: Option<String>,
     after: i64,
     rate: Option<u32>,
+    /// Of a version that knew two formats.
     is_lines: bool,
+    #[serde(default)]
+    format: Option<String>,
     max_events: usize,
     max_bytes: usize,
     event_ids: bool,
@@ -57,6 +60,7 @@ impl From<&ReplayOrder> for StoredOrder {
             after: o.after.0,
             rate: o.rate,
             is_lines: o.format == Format::JsonLines,
+            format: Some(o.format.name().to_owned()),
             max_events: o.max_events,
             max_bytes: o.max_bytes,
             event_ids: o.event_ids,
@@ -74,6 +78,15 @@ impl TryFrom<StoredOrder> for ReplayOrder {
         // One that cannot be read must not become the events of all.
         let tenant =
             |text: String| Tenant::try_new(&text).ok_or_else(|| format!("`{text}` is no tenant"));
+        let named = |name: String| {
+            let found = Format::ALL.into_iter().find(|format| format.name() == name);
+            found.ok_or_else(|| format!("`{name}` is no format"))
+        };
+        let format = match o.format {
+            Some(name) => named(name)?,
+            None if o.is_lines => Format::JsonLines,
+            None => Format::Json,
+        };
         Ok(Self {
             by: o.by,
             since: time(o.since),
@@ -83,7 +96,7 @@ impl TryFrom<StoredOrder> for ReplayOrder {
             events: o.events.map(|text| Pattern::try_new(&text)).transpose()?,
             after: EventNumber(o.after),
             rate: o.rate,
-            format: if o.is_lines { Format::JsonLines } else { Format::Json },
+            format,
             max_events: o.max_events,
             max_bytes: o.max_bytes,
             event_ids: o.event_ids,

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use serde_json::json;
+
 use crate::support::{
     broker::Broker,
     daemon::{QUICK, SECRET, Setup, subscriber},
@@ -17,6 +19,7 @@ use crate::support::{
 on_both_queues!(
     every_event_arrives_once_in_order_signed_and_byte_for_byte,
     batches_keep_to_their_number_size_and_time,
+    formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_and_replays,
     each_subscriber_gets_the_events_that_its_patterns_match,
     a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early,
     retries_go_before_the_backlog,
@@ -47,17 +50,20 @@ fn numbers(range: std::ops::Range<u64>) -> Vec<u64> {
 async fn every_event_arrives_once_in_order_signed_and_byte_for_byte(queue: Queue) {
     let json = Receiver::accepting().await;
     let lines = Receiver::accepting().await;
+    let array = Receiver::accepting().await;
     let setup = Setup::new(
         &queue,
         &(QUICK.to_owned()
             + &subscriber("json", &json.url, "")
-            + &subscriber("lines", &lines.url, "format = \"jsonl\"")),
+            + &subscriber("lines", &lines.url, "format = \"jsonl\"")
+            + &subscriber("array", &array.url, "format = \"json_array\"")),
     );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..3000).map(event)).await;
     json.wait_all(3000).await;
     lines.wait_all(3000).await;
-    for receiver in [&json, &lines] {
+    array.wait_all(3000).await;
+    for receiver in [&json, &lines, &array] {
         assert_eq!(receiver.accepted(), numbers(0..3000), "each once, in order");
         for request in receiver.requests() {
             assert!(request.verified(), "{request:?}");
@@ -66,6 +72,9 @@ async fn every_event_arrives_once_in_order_signed_and_byte_for_byte(queue: Queue
             assert!(request.id().starts_with("msg_") && !request.id().contains('.'));
             let events: Vec<String> = request.numbers().into_iter().map(event).collect();
             let expected = match request.header("content-type") {
+                "application/json" if receiver.url == array.url => {
+                    format!("[{}]", events.join(","))
+                }
                 "application/json" => format!("{{\"events\":[{}]}}", events.join(",")),
                 "application/jsonl" => events.join("\n") + "\n",
                 other => panic!("content type {other}"),
@@ -77,6 +86,63 @@ async fn every_event_arrives_once_in_order_signed_and_byte_for_byte(queue: Queue
     }
     assert!(daemon.stop().await.success());
     assert_eq!(queue.backlog("json").await, 0, "all were acked");
+}
+
+async fn formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_and_replays(
+    queue: Queue,
+) {
+    // It fails once, and refuses what holds event 2. That is looked for in halves if it has accepted
+    // something since it failed.
+    let picky = async || {
+        Receiver::start(|request, n| match n {
+            0 => status(200),
+            1 => status(503),
+            _ if request.numbers().contains(&2) => status(400),
+            _ => status(200),
+        })
+        .await
+    };
+    let (array, single) = (picky().await, picky().await);
+    let of = |name: &str, receiver: &Receiver| {
+        let more = format!("format = \"{name}\"\nbatch = {{ max_wait = \"500ms\" }}");
+        subscriber(&name.replace('_', "-"), &receiver.url, &more)
+    };
+    let text = QUICK.to_owned() + &of("json_array", &array) + &of("single", &single);
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(9)]).await;
+    for receiver in [&array, &single] {
+        receiver.wait_requests(1).await;
+    }
+    queue.publish(TYPE, (0..6).map(event)).await;
+    for receiver in [&array, &single] {
+        receiver.wait_requests(2).await;
+    }
+    queue.publish(TYPE, [event(8)]).await;
+    for (format, receiver) in [("json_array", &array), ("single", &single)] {
+        let name = format.replace('_', "-");
+        queue.wait_dead(&name, 1).await;
+        eventually("the others are accepted", async || receiver.accepted().len() == 7).await;
+        let requests = receiver.requests();
+        let again = requests.iter().skip(2).find(|r| r.id() == requests[1].id()).expect("a retry");
+        assert_eq!((&again.body, again.attempt()), (&requests[1].body, 2), "{format}");
+        let dead = setup.dead(&name);
+        assert_eq!(
+            (&dead[0]["events"], &dead[0]["content_type"]),
+            (&json!(1), &json!(format!("application/json; format={format}"))),
+            "{dead:?}"
+        );
+        // It is accepted now, with the same bytes.
+        receiver.now(|_, _| status(200));
+        setup.ok(&["dead", "replay", &name]);
+        eventually("the replayed one is accepted", async || receiver.accepted().contains(&2)).await;
+        let last = receiver.requests().pop().expect("a request");
+        let whole = if format == "single" { event(2) } else { format!("[{}]", event(2)) };
+        assert_eq!(last.body, whole.as_bytes());
+        assert_eq!(last.header("content-type"), "application/json");
+    }
+    assert!(single.requests().iter().all(|r| r.events().len() == 1));
+    assert!(array.requests().iter().any(|r| r.events().len() > 1));
 }
 
 async fn batches_keep_to_their_number_size_and_time(queue: Queue) {

@@ -109,15 +109,19 @@ fn tricky() -> Vec<String> {
 async fn sent() -> Vec<Case> {
     let queue = Queue::embedded();
     let receiver = async || Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
-    let receivers =
-        [receiver().await, receiver().await, receiver().await, receiver().await, receiver().await];
     let kinds = [
         ("json", String::new()),
         ("lines", "format = \"jsonl\"".to_owned()),
+        ("array", "format = \"json_array\"".to_owned()),
+        ("single", "format = \"single\"".to_owned()),
         ("mailtrap", "signatures = [\"mailtrap\"]".to_owned()),
         ("hex", "signatures = [{ header = \"X-Hub-Signature-256\", prefix = \"sha256=\" }]".to_owned()),
         ("base64", "signatures = [{ header = \"X-Hub-Signature-256\", encoding = \"base64\" }]\nformat = \"jsonl\"".to_owned()),
     ];
+    let mut receivers = Vec::new();
+    for _ in &kinds {
+        receivers.push(receiver().await);
+    }
     let mut text = QUICK.to_owned();
     for ((name, more), receiver) in kinds.iter().zip(&receivers) {
         text += &subscriber(name, &receiver.url, more);

@@ -56,7 +56,11 @@ impl Request {
                 .collect();
         }
         let body: serde_json::Value = serde_json::from_slice(&self.body).expect("a JSON body");
-        body["events"].as_array().expect("events").clone()
+        match (&body, &body["events"]) {
+            (serde_json::Value::Array(events), _) => events.clone(),
+            (_, serde_json::Value::Array(events)) => events.clone(),
+            _ => vec![body],
+        }
     }
 
     /// Verifies as a receiver does.

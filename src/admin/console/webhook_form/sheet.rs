@@ -23,6 +23,14 @@ use crate::admin::{
     view::{FieldError, ProblemKind, Tested},
 };
 
+/// The formats, and what a body is in each; the first is the default.
+const FORMATS: [(&str, &str); 4] = [
+    ("json", "JSON: {\"events\":[…]}"),
+    ("jsonl", "JSON Lines: one event a line"),
+    ("json_array", "JSON array: […]"),
+    ("single", "Single: one event a request"),
+];
+
 /// The page with the form.
 pub(super) struct Sheet<'a> {
     pub(super) session: &'a Session,
@@ -133,8 +141,9 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
             label for="format" { "Payload format" }
             select id="format" name="format" aria-invalid=[mistakes.is_wrong("format")] aria-describedby=[mistakes.described_by("format")] {
                 @if chosen("format", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: from its preset" } }
-                option value="json" selected[!chosen("format", AS_IT_IS) && !chosen("format", "jsonl")] { "JSON: {\"events\":[…]}" }
-                option value="jsonl" selected[chosen("format", "jsonl")] { "JSON Lines: one event a line" }
+                @for (name, what) in FORMATS {
+                    option value=(name) selected[chosen("format", name) || name == FORMATS[0].0 && chosen("format", "")] { (what) }
+                }
             }
             (mistakes.beside("format"))
         }

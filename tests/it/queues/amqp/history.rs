@@ -79,7 +79,11 @@ impl Running {
         last: Option<Duration>,
     ) -> Result<History, QueueError> {
         let last = last.map(|ago| (EventNumber(1), clock::now() - ago));
-        let start = HistoryStart { store: Some(store.to_owned()), last };
+        let known_until = last.map(|(_, at)| at);
+        self.history_of(HistoryStart { store: Some(store.to_owned()), last, known_until }).await
+    }
+
+    pub(super) async fn history_of(&self, start: HistoryStart) -> Result<History, QueueError> {
         tokio::time::timeout(PATIENCE, self.queue.history(start)).await.expect("an answer")
     }
 
@@ -408,7 +412,8 @@ fn a_node_that_is_killed_while_the_queue_is_young_stops_no_producer() {
         assert!(bound.contains(&format!("{}.sub.a", broker.prefix)), "{bound:?}");
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
-            let start = HistoryStart { store: Some("store-1".to_owned()), last: None };
+            let start =
+                HistoryStart { store: Some("store-1".to_owned()), last: None, known_until: None };
             async move { queue.history(start).await }
         });
         eventually("it is declared", async || broker.depth("history").await.is_some()).await;
@@ -478,7 +483,8 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
         let daemon = started(&broker, "").await;
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
-            let start = HistoryStart { store: Some("store-1".to_owned()), last: None };
+            let start =
+                HistoryStart { store: Some("store-1".to_owned()), last: None, known_until: None };
             async move { queue.history(start).await }
         });
         eventually("producers go on", async || is_taken(&broker).await).await;

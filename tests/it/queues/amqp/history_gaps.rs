@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use hooktrail::{
     clock,
-    queue::{HistorySource as _, Published},
+    queue::{HistorySource as _, HistoryStart, Published},
     store::Gap,
 };
 use lapin::{
@@ -93,6 +93,37 @@ fn a_gap_that_the_daemon_with_history_finds_itself_outlives_its_process() {
         let mut history = history.unwrap_or_else(|e| panic!("{e}"));
         let gaps = history.gaps();
         assert!(gaps.iter().any(|gap| gap.why.contains("not bound")), "{gaps:?}");
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn history_that_began_again_lacks_what_came_before_its_queue_was_bound_again() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        history.close().await;
+        daemon.close().await;
+        delete_exchange(&broker).await;
+        declare_exchange(&broker).await;
+        // Its file was damaged, say: no event is in it, and a gap says until when.
+        let began = clock::now();
+        let daemon = started(&broker, "").await;
+        // It is not bound yet: that waits until it is old enough.
+        let running = clock::now();
+        let (store, known_until) = (Some("store-1".to_owned()), Some(began));
+        let start = HistoryStart { store, last: None, known_until };
+        let mut history = daemon.history_of(start).await.unwrap_or_else(|e| panic!("{e}"));
+        let mut gaps = Vec::new();
+        eventually("it says so", async || {
+            gaps.extend(history.gaps());
+            !gaps.is_empty()
+        })
+        .await;
+        let covers = |gap: &Gap| gap.from <= began && gap.until >= running;
+        assert!(gaps.iter().any(covers), "{began:?} to {running:?}: {gaps:?}");
         history.close().await;
         daemon.close().await;
     });
