@@ -6,6 +6,8 @@
 
 pub mod audience;
 pub mod details;
+pub mod entry;
+mod fields;
 pub mod inflate;
 mod key;
 pub mod matcher;
@@ -23,8 +25,9 @@ pub use self::{
 
 use std::{borrow::Cow, fmt, ops::Range};
 
-use serde::de::{Deserialize as _, Deserializer as _, IgnoredAny, MapAccess, Visitor};
-use serde_json::value::RawValue;
+use serde::de::{Deserializer as _, IgnoredAny};
+
+use self::fields::{HasKey, HeadFields};
 
 /// The deepest nesting of objects and arrays in an event, in levels.
 ///
@@ -176,64 +179,6 @@ fn deeper_than(body: &[u8], limit: usize) -> bool {
         }
     }
     false
-}
-
-/// Visits the fields of the object and keeps only the last `event` and the last `timestamp`.
-struct HeadFields;
-
-impl<'de> Visitor<'de> for HeadFields {
-    type Value = (Option<&'de RawValue>, Option<&'de RawValue>);
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let (mut event_type, mut timestamp) = (None, None);
-        while let Some(which) = map.next_key_seed(WhichKey(&["event", "timestamp"]))? {
-            // Raw: the value may be any JSON, even a number that Rust cannot represent, and a later
-            // field may be the one that counts.
-            match which {
-                Some(0) => event_type = Some(map.next_value()?),
-                Some(_) => timestamp = Some(map.next_value()?),
-                None => {
-                    map.next_value::<IgnoredAny>()?;
-                }
-            }
-        }
-        Ok((event_type, timestamp))
-    }
-}
-
-/// Visits the fields of the object and returns whether one has this name.
-struct HasKey(&'static [&'static str]);
-
-impl<'de> Visitor<'de> for HasKey {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
-        let mut found = false;
-        while let Some(which) = map.next_key_seed(WhichKey(self.0))? {
-            found |= which.is_some();
-            map.next_value::<IgnoredAny>()?;
-        }
-        Ok(found)
-    }
-}
-
-/// Reads a key, and returns its index among these names.
-struct WhichKey(&'static [&'static str]);
-
-impl<'de> serde::de::DeserializeSeed<'de> for WhichKey {
-    type Value = Option<usize>;
-    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
-        let key = Key::deserialize(d)?;
-        Ok(self.0.iter().position(|name| key.is(name)))
-    }
 }
 
 #[cfg(test)]

@@ -39,8 +39,8 @@
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
-//!              · details · inflate · payload · key · pattern · pointer · tenant · matcher · audience
-//!              · event
+//!              · details · inflate · payload · key · fields · entry · pattern · pointer · tenant
+//!              · matcher · audience · event
 //! delivery/                 the nouns, each defined once
 //!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
 //!              · disposition · depth · pause · delivery
@@ -52,7 +52,7 @@
 //!              keys/ · key · show
 //!              managed/ · body
 //!              loader/ · files · preset · origins · queue · tokens · signing · policies · daemon
-//!              · endpoint · start_from · tenant
+//!              · endpoint · start_from · tenant · format
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · families · subscriber · registry

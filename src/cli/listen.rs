@@ -413,26 +413,60 @@ struct Line<'a> {
     events: Option<&'a Vec<Box<RawValue>>>,
 }
 
-/// The events of a body in any format, each with its exact bytes.
+/// The events of a body in any format, each with its exact bytes; of `slack` the lines.
 fn events_of(body: &[u8], content_type: &str) -> Result<Vec<Box<RawValue>>, String> {
+    let why = |e: serde_json::Error| e.to_string();
+    if body.trim_ascii_start().starts_with(b"[") {
+        let all: Vec<Box<RawValue>> = serde_json::from_slice(body).map_err(why)?;
+        return Ok(all.into_iter().map(unwrapped).collect());
+    }
+    let values = serde_json::Deserializer::from_slice(body).into_iter::<Box<RawValue>>();
+    let values = values.collect::<Result<Vec<_>, _>>().map_err(why)?;
+    match &values[..] {
+        [] if content_type != "application/jsonl" => Err("the body is empty".to_owned()),
+        [one] if content_type != "application/jsonl" => events_in(one),
+        _ => Ok(values.into_iter().map(unwrapped).collect()),
+    }
+}
+
+/// The events of a body that is one object.
+fn events_in(body: &RawValue) -> Result<Vec<Box<RawValue>>, String> {
     #[derive(serde::Deserialize)]
     struct Payload {
-        /// Of a single event.
         event: Option<Box<RawValue>>,
         events: Option<Vec<Box<RawValue>>>,
+        text: Option<String>,
     }
-    let why = |e: serde_json::Error| e.to_string();
-    if content_type == "application/jsonl" {
-        let lines = serde_json::Deserializer::from_slice(body).into_iter();
-        return lines.collect::<Result<_, _>>().map_err(why);
-    }
-    if body.trim_ascii_start().starts_with(b"[") {
-        return serde_json::from_slice(body).map_err(why);
-    }
-    match serde_json::from_slice::<Payload>(body).map_err(why)? {
-        Payload { event: Some(_), .. } => Ok(vec![serde_json::from_slice(body).map_err(why)?]),
+    match serde_json::from_str::<Payload>(body.get()).map_err(|e| e.to_string())? {
+        Payload { event: Some(_), .. } => Ok(vec![unwrapped(body.to_owned())]),
         Payload { events: Some(events), .. } => Ok(events),
+        Payload { text: Some(text), .. } => text
+            .split('\n')
+            .map(serde_json::value::to_raw_value)
+            .collect::<Result<_, _>>()
+            .map_err(|e| e.to_string()),
         Payload { .. } => Err("missing field `events`".to_owned()),
+    }
+}
+
+/// The event in an object of `splunk_hec` or `cloudevents_batch`; anything else as it is.
+fn unwrapped(value: Box<RawValue>) -> Box<RawValue> {
+    #[derive(serde::Deserialize)]
+    struct CloudEvent {
+        #[serde(rename = "specversion")]
+        _version: String,
+        data: Box<RawValue>,
+    }
+    #[derive(serde::Deserialize)]
+    struct HecEvent {
+        event: Box<RawValue>,
+    }
+    if let Ok(CloudEvent { data, .. }) = serde_json::from_str(value.get()) {
+        return data;
+    }
+    match serde_json::from_str::<HecEvent>(value.get()) {
+        Ok(HecEvent { event }) if event.get().starts_with('{') => event,
+        _ => value,
     }
 }
 
@@ -572,10 +606,17 @@ mod tests {
         for (body, n) in [
             (&b"[{\"event\":\"a\"},{\"event\":\"b\",\"events\":[]}]"[..], 2),
             (b" {\"event\":\"a\",\"events\":[1,2,3]}", 1),
+            (b"{\"event\":\"a\"}\n{\"event\":\"b\"}\n", 2),
+            (br#"{"text":"a\nb"}"#, 2),
         ] {
             assert_eq!(events_of(body, "application/json").expect("events").len(), n);
         }
-        for no in [&b"nonsense"[..], b"{}", b"{\"events\":1}", b"1", b"[1"] {
+        let data = br#"[{"specversion":"1.0","data":{"event":"a"}}]"#;
+        for body in [&br#"{"time":1,"event":{"event":"a"}}"#[..], data] {
+            let events = events_of(body, "application/json").expect("events");
+            assert_eq!(events[0].get(), r#"{"event":"a"}"#);
+        }
+        for no in [&b"nonsense"[..], b"", b"{}", b"{\"events\":1}", b"1", b"[1"] {
             assert!(events_of(no, "application/json").is_err());
         }
     }

@@ -189,15 +189,22 @@ mod tests {
 
     /// The changed keys when this line is added to the subscriber, or replaces its own.
     fn keys(lines: &str) -> Vec<&'static str> {
-        let before = load(BEFORE);
+        keys_with("", lines)
+    }
+
+    /// As [`keys`], where the subscriber has other lines besides.
+    fn keys_with(besides: &str, lines: &str) -> Vec<&'static str> {
+        let before = format!("{BEFORE}{besides}\n");
+        let before_text = &before[..];
+        let before = load(before_text);
         let key = lines.split([' ', '=']).next().expect("a key");
-        let without: String = BEFORE
+        let without: String = before_text
             .lines()
             .filter(|l| !l.trim().starts_with(&format!("{key} =")))
             .map(|l| format!("{l}\n"))
             .collect();
         let without = if key == "url" {
-            BEFORE.replace("url = \"https://example.com/one\"", "")
+            before_text.replace("url = \"https://example.com/one\"", "")
         } else {
             without
         };
@@ -247,7 +254,19 @@ mod tests {
         for (key, value) in samples {
             assert_eq!(keys(&format!("{key} = {value}")), [key]);
         }
+        let of_formats = [
+            ("content_type", "jsonl", "application/x-ndjson"),
+            ("source", "cloudevents_batch", "/two"),
+            ("sourcetype", "splunk_hec", "audit"),
+            ("index", "splunk_hec", "main"),
+        ];
+        for (key, format, value) in of_formats {
+            let source = if format == "jsonl" { "" } else { "source = \"/one\"\n" };
+            let besides = format!("{source}format = \"{format}\"");
+            assert_eq!(keys_with(&besides, &format!("{key} = \"{value}\"")), [key]);
+        }
         let tried: Vec<_> = samples.iter().map(|(key, _)| *key).collect();
+        let tried: Vec<_> = tried.into_iter().chain(of_formats.map(|(key, ..)| key)).collect();
         let untried: Vec<_> =
             crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
         let why =

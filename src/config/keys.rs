@@ -584,6 +584,9 @@ pub(super) static BREAKER: &[Key] = &[
     ),
 ];
 
+static FORMATS: &[&str] =
+    &["json", "jsonl", "json_array", "single", "splunk_hec", "cloudevents_batch", "slack"];
+
 /// The keys of one `[[subscriber]]`.
 pub static SUBSCRIBER: &[Key] = &[
     subscriber(
@@ -618,11 +621,43 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "format",
-        "The request body: json is {\"events\":[…]}, jsonl one event a line, json_array […], single one event a request.",
-        Shape::Word(&["json", "jsonl", "json_array", "single"]),
+        "The request body: json is {\"events\":[…]}, jsonl one event a line, json_array […], single one event a request; splunk_hec, cloudevents_batch and slack are those of their receivers.",
+        Shape::Word(FORMATS),
         &[Requests, Session],
         differs!(format),
         |s| word(s.format.name()),
+    ),
+    subscriber(
+        "content_type",
+        "The content type of requests, with the formats jsonl and json_array alone; left out: the format's own.",
+        Shape::Text,
+        &[Requests],
+        differs!(content_type),
+        |s| word(s.content_type.as_ref()?.to_str().ok()?),
+    ),
+    subscriber(
+        "source",
+        "What events come from: `source` of splunk_hec; that of cloudevents_batch is a URI reference and required.",
+        Shape::Text,
+        &[Requests, Session],
+        differs!(metadata.source),
+        |s| word(s.metadata.source.as_ref()?),
+    ),
+    subscriber(
+        "sourcetype",
+        "`sourcetype` of splunk_hec.",
+        Shape::Text,
+        &[Requests, Session],
+        differs!(metadata.sourcetype),
+        |s| word(s.metadata.sourcetype.as_ref()?),
+    ),
+    subscriber(
+        "index",
+        "`index` of splunk_hec.",
+        Shape::Text,
+        &[Requests, Session],
+        differs!(metadata.index),
+        |s| word(s.metadata.index.as_ref()?),
     ),
     subscriber(
         "secrets",
@@ -738,8 +773,12 @@ pub(super) static MANAGED: &[Key] = &[
     read(
         "format",
         "The request body, as of [[subscriber]].",
-        Shape::Word(&["json", "jsonl", "json_array", "single"]),
+        Shape::Word(FORMATS),
     ),
+    read("content_type", "The content type of requests, as of [[subscriber]].", Shape::Text),
+    read("source", "What events come from, as of [[subscriber]].", Shape::Text),
+    read("sourcetype", "`sourcetype` of splunk_hec.", Shape::Text),
+    read("index", "`index` of splunk_hec.", Shape::Text),
     read("secrets", "The secrets themselves, the current one first.", Shape::List(&Shape::Text)),
     read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
     read("headers", "Headers of each request.", Shape::Map(&Shape::Text)),
@@ -855,6 +894,7 @@ mod tests {
     use super::*;
     use crate::{
         config::HttpPolicy,
+        event::entry::Metadata,
         policy::{address::AddressPolicy, circuit_breaker::BreakerPolicy, retry::RetryOptions},
     };
 
@@ -867,6 +907,10 @@ mod tests {
         let requests = [
             "url",
             "format",
+            "content_type",
+            "source",
+            "sourcetype",
+            "index",
             "secrets",
             "signatures",
             "headers",
@@ -889,6 +933,9 @@ mod tests {
         assert_eq!(affecting(Connections), connections);
         let session = [
             "format",
+            "source",
+            "sourcetype",
+            "index",
             "event_ids",
             "paused",
             "batch.max_events",
@@ -912,6 +959,8 @@ mod tests {
             events: _,
             tenant: _,
             format: _,
+            content_type: _,
+            metadata: Metadata { source: _, sourcetype: _, index: _ },
             secrets: _,
             signer: _,
             headers: _,
@@ -943,7 +992,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 13 of its own, 3, 8, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 13 + 3 + 8 + 7 + 3);
+        // 17 of its own, 3, 8, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 17 + 3 + 8 + 7 + 3);
     }
 }

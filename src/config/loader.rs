@@ -4,6 +4,7 @@
 mod daemon;
 mod endpoint;
 mod files;
+mod format;
 mod origins;
 mod policies;
 mod preset;
@@ -32,7 +33,7 @@ use super::{
 use crate::{
     crypto::{secret::Secret, tls::TlsPolicy},
     delivery::SubscriberName,
-    event::{Pattern, payload::Format},
+    event::Pattern,
 };
 
 /// The top-level groups that apply to every subscriber.
@@ -229,11 +230,11 @@ pub(super) fn of_section<'d>(
         ),
     };
     let tenant = tenant::tenant(reader, section, defaults.tenants);
-    let format =
-        reader.one_of(section.get("format"), &Format::ALL.map(|format| (format.name(), format)));
+    let own = Layers { own: Some(section.clone()), preset: preset.cloned(), base: None };
+    let bodies = format::bodies(reader, section, &own);
     let batch = batch
-        .zip(format)
-        .and_then(|(batch, format)| policies::fitting(reader, batch, format, &batch_group));
+        .zip(bodies.as_ref())
+        .and_then(|(batch, bodies)| policies::fitting(reader, batch, bodies.format, &batch_group));
     let headers =
         section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
     let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));
@@ -251,6 +252,7 @@ pub(super) fn of_section<'d>(
         signing.as_ref().map(|(_, signer)| signer.schemes()),
     );
     let (secrets, signer) = signing?;
+    let format::Bodies { format, content_type, metadata } = bodies?;
     let (line, _) = section.source.position(section.span.start);
     let file = Origin::File { path: section.source.path.clone(), line };
     Some(Subscriber {
@@ -259,7 +261,9 @@ pub(super) fn of_section<'d>(
         url: url?,
         events: events?,
         tenant: tenant?,
-        format: format?,
+        format,
+        content_type,
+        metadata,
         secrets,
         signer,
         headers: headers?,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 
 use crate::{
     clock,
@@ -21,6 +21,7 @@ use crate::{
     event::{
         Pattern, Tenant,
         audience::{Audience, Interest},
+        entry::Metadata,
         payload::Format,
     },
     policy::{
@@ -156,6 +157,10 @@ pub struct Subscriber {
     /// The tenant whose events it gets; `None`: those of all.
     pub tenant: Option<Tenant>,
     pub format: Format,
+    /// The `content-type` of requests in this format, if it is not the format's own.
+    pub content_type: Option<HeaderValue>,
+    /// What the format puts beside each event.
+    pub metadata: Metadata,
     pub secrets: Vec<Secret>,
     pub signer: Signer,
     /// Headers added to each request; the values may be secrets.

@@ -1206,6 +1206,62 @@ fn subscribers_have_metrics_of_their_own_up_to_a_thousand_unless_it_is_said() {
 }
 
 #[test]
+fn a_key_that_goes_with_some_formats_is_refused_with_any_other() {
+    let found = |lines: &str| {
+        let one = SUBSCRIBER.to_owned() + lines;
+        load_text(&format!("{QUEUE}{one}"))
+    };
+    for sound in [
+        "format = \"jsonl\"\ncontent_type = \"application/x-ndjson\"",
+        "format = \"json_array\"\ncontent_type = \"application/json; charset=utf-8\"",
+        "format = \"splunk_hec\"\nsource = \"any text\"\nsourcetype = \"_json\"\nindex = \"main\"",
+        "format = \"splunk_hec\"",
+        "format = \"cloudevents_batch\"\nsource = \"https://example.com/audit\"",
+        "format = \"cloudevents_batch\"\nsource = \"urn:audit\"",
+        "format = \"slack\"",
+    ] {
+        found(sound).unwrap_or_else(|problems| panic!("{sound}: {problems:?}"));
+    }
+    for (wrong, problem) in [
+        (
+            "content_type = \"text/plain\"",
+            "7:16: subscriber[a].content_type: goes with format = \"jsonl\" or \"json_array\" alone, and the format is \"json\"; remove it, or choose another format",
+        ),
+        (
+            "format = \"jsonl\"\ncontent_type = \"text/plain\\nx-a: b\"",
+            "8:16: subscriber[a].content_type: is not a media type; write one such as \"application/x-ndjson\" or \"application/json; charset=utf-8\"",
+        ),
+        (
+            "format = \"cloudevents_batch\"",
+            "3:1: subscriber[a].source: is required with format = \"cloudevents_batch\": a URI of what the events come from, such as \"/audit\" or \"https://example.com/audit\"",
+        ),
+        (
+            "format = \"cloudevents_batch\"\nsource = \"our audit\"",
+            "8:10: subscriber[a].source: is not a URI reference, which the `source` of a CloudEvent is; write one such as \"/audit\" or \"https://example.com/audit\"",
+        ),
+        (
+            "format = \"cloudevents_batch\"\nsource = \"/a\"\nindex = \"main\"",
+            "9:9: subscriber[a].index: goes with format = \"splunk_hec\" alone, and the format is \"cloudevents_batch\"; remove it, or choose another format",
+        ),
+        (
+            "format = \"splunk_hec\"\nsource = \"\"",
+            "8:10: subscriber[a].source: must have 1 to 255 bytes, and no control characters among them",
+        ),
+        (
+            "format = \"splunk_hec\"\nindex = \"a\\tb\"",
+            "8:9: subscriber[a].index: must have 1 to 255 bytes, and no control characters among them",
+        ),
+        ("format = \"splunk\"", "7:10: subscriber[a].format: "),
+    ] {
+        let problems = found(wrong).expect_err(wrong);
+        assert!(
+            problems.len() == 1 && problems[0].starts_with(&format!("h.toml:{problem}")),
+            "{problems:?}"
+        );
+    }
+}
+
+#[test]
 fn a_format_of_single_events_has_batches_of_one_and_no_other_number() {
     let of = |lines: &str| testing::subscriber("a", lines).batch.max_events;
     assert_eq!((of("format = \"single\""), of("format = \"json_array\"")), (1, 500));

@@ -117,16 +117,16 @@ impl Batch {
     /// Splits the batch into two parts without attempts; their time runs from the whole batch's
     /// first attempt. `None` for a single event.
     pub fn halves(&self) -> Option<Vec<Self>> {
-        let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
-        let (first, second) = events.split_at(events.len().div_ceil(2));
-        let prints = Print::split(&self.prints, first.len(), events.len());
-        let half = |id: BatchId, events: &[&[u8]], prints: Prints| Self {
+        let entries = self.format.entries(&self.body).filter(|entries| entries.len() > 1)?;
+        let (first, second) = entries.split_at(entries.len().div_ceil(2));
+        let prints = Print::split(&self.prints, first.len(), entries.len());
+        let half = |id: BatchId, entries: &[&[u8]], prints: Prints| Self {
             id,
             body: self
                 .format
-                .splice(events.iter().copied(), events.iter().map(|e| e.len()).sum())
+                .splice(entries.iter().copied(), entries.iter().map(|e| e.len()).sum())
                 .into(),
-            events: u32::try_from(events.len()).unwrap_or(u32::MAX),
+            events: u32::try_from(entries.len()).unwrap_or(u32::MAX),
             attempts: 0,
             prints,
             ..self.clone()

@@ -12,7 +12,7 @@ use crate::{
         BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason, SubscriberName,
     },
     endpoint::webhook::{Request, TestAttempt, Webhook, example_headers},
-    event,
+    event::{self, entry},
     policy::{
         answer::Health,
         verdict::{Attempt, Origin, decide},
@@ -74,9 +74,10 @@ pub fn example(subscriber: &Subscriber) -> Result<Example, String> {
 }
 
 fn request(subscriber: &Subscriber) -> (Request, Vec<u8>) {
-    let body = body(subscriber);
+    let batch_id = BatchId::random();
+    let body = body(subscriber, &batch_id);
     let request = Request {
-        batch_id: BatchId::random(),
+        batch_id,
         attempt: 1,
         format: subscriber.format,
         body: body.clone().into(),
@@ -96,7 +97,7 @@ impl Report {
 }
 
 /// The body of a batch with one event.
-fn body(subscriber: &Subscriber) -> Vec<u8> {
+fn body(subscriber: &Subscriber, batch_id: &BatchId) -> Vec<u8> {
     let event = json!({
         "event": "hooktrail.test",
         "description": "sent a test event",
@@ -104,10 +105,12 @@ fn body(subscriber: &Subscriber) -> Vec<u8> {
         "timestamp": clock::unix_seconds(clock::now()),
     });
     let plain = event.to_string().into_bytes();
-    let with_id =
-        if subscriber.event_ids { event::with_id(&plain, &clock::event_id()) } else { None };
+    let id = clock::event_id();
+    let with_id = if subscriber.event_ids { event::with_id(&plain, &id) } else { None };
     let event = with_id.map_or(plain, |with_id| with_id.body);
-    subscriber.format.splice([event.as_slice()].into_iter(), event.len())
+    let Subscriber { format, metadata, .. } = subscriber;
+    let events = [(event.as_slice(), Some(id.as_str()))].into_iter();
+    entry::body(*format, metadata, batch_id.as_str(), events, event.len())
 }
 
 /// The verdict of a daemon on a first attempt with one event: in one word, and for people.

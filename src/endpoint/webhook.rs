@@ -97,6 +97,8 @@ pub struct Webhook {
     url: Url,
     /// The headers of the configuration, `authorization` among them.
     own_headers: HeaderMap,
+    /// The subscriber's format, and the content type that goes with it instead of its own.
+    content_type: (Format, Option<HeaderValue>),
     signer: Signer,
     success: Success,
     timeout: Duration,
@@ -152,7 +154,17 @@ impl Webhook {
         let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
         let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
         let HttpPolicy { timeout, success, .. } = subscriber.http;
-        Ok(Self { connections, url, own_headers, signer, success, timeout, literal_blocked })
+        let content_type = (subscriber.format, subscriber.content_type.clone());
+        Ok(Self {
+            connections,
+            url,
+            own_headers,
+            content_type,
+            signer,
+            success,
+            timeout,
+            literal_blocked,
+        })
     }
 
     /// Makes one attempt. It ends within [`Subscriber::longest_attempt`] whatever the receiver
@@ -274,7 +286,7 @@ impl Webhook {
     }
 
     fn headers(&self, request: &Request, now: SystemTime) -> Result<HeaderMap, String> {
-        headers(self.own_headers.clone(), &self.signer, request, now)
+        headers(self.own_headers.clone(), &self.content_type, &self.signer, request, now)
     }
 }
 
@@ -288,11 +300,14 @@ pub fn example_headers(
     request: &Request,
 ) -> Result<Vec<(String, Option<String>)>, String> {
     let own = own_headers(subscriber)?;
-    headers(own, &subscriber.signer, request, clock::now()).map(|headers| shown(&headers))
+    let content_type = (subscriber.format, subscriber.content_type.clone());
+    let headers = headers(own, &content_type, &subscriber.signer, request, clock::now());
+    headers.map(|headers| shown(&headers))
 }
 
 fn headers(
     mut headers: HeaderMap,
+    (format, content_type): &(Format, Option<HeaderValue>),
     signer: &Signer,
     request: &Request,
     now: SystemTime,
@@ -301,7 +316,10 @@ fn headers(
         USER_AGENT,
         HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))),
     );
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
+    // A batch that was stored under another format has that one's.
+    let other = content_type.as_ref().filter(|_| *format == request.format);
+    let of_format = || HeaderValue::from_static(request.format.content_type());
+    headers.insert(CONTENT_TYPE, other.cloned().unwrap_or_else(of_format));
     headers
         .insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
     if request.replay {

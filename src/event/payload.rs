@@ -1,4 +1,7 @@
-//! The request body: events spliced together, with the bytes that they were published with.
+//! The request body: entries spliced together.
+//!
+//! An entry is what stands for one event: in most formats the bytes that it was published with, in
+//! others what `entry.rs` puts around them or makes of them.
 
 /// The format of the request body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,9 +14,18 @@ pub enum Format {
     JsonArray,
     /// One event and nothing around it, `application/json`.
     Single,
+    /// `{"event":…}{"event":…}`, as Splunk's HTTP Event Collector takes events, `application/json`
+    /// (<https://docs.splunk.com/Documentation/Splunk/latest/Data/FormateventsforHTTPEventCollector>).
+    SplunkHec,
+    /// A JSON batch of CloudEvents 1.0, `application/cloudevents-batch+json`
+    /// (<https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.md>).
+    CloudEventsBatch,
+    /// `{"text":"…"}`, a line for people of each event, `application/json`
+    /// (<https://docs.slack.dev/messaging/sending-messages-using-incoming-webhooks>).
+    Slack,
 }
 
-/// What is around the events of a body, and between two of them.
+/// What is around the entries of a body, and between two of them.
 struct Frame {
     head: &'static [u8],
     separator: &'static [u8],
@@ -21,13 +33,24 @@ struct Frame {
 }
 
 impl Format {
-    pub const ALL: [Self; 4] = [Self::Json, Self::JsonLines, Self::JsonArray, Self::Single];
+    pub const ALL: [Self; 7] = [
+        Self::Json,
+        Self::JsonLines,
+        Self::JsonArray,
+        Self::Single,
+        Self::SplunkHec,
+        Self::CloudEventsBatch,
+        Self::Slack,
+    ];
 
-    /// The `content-type` of a request in this format.
+    /// The `content-type` of a request in this format, unless the subscriber has another.
     pub const fn content_type(self) -> &'static str {
         match self {
-            Self::Json | Self::JsonArray | Self::Single => "application/json",
+            Self::Json | Self::JsonArray | Self::Single | Self::SplunkHec | Self::Slack => {
+                "application/json"
+            }
             Self::JsonLines => "application/jsonl",
+            Self::CloudEventsBatch => "application/cloudevents-batch+json",
         }
     }
 
@@ -38,6 +61,9 @@ impl Format {
             Self::JsonLines => "jsonl",
             Self::JsonArray => "json_array",
             Self::Single => "single",
+            Self::SplunkHec => "splunk_hec",
+            Self::CloudEventsBatch => "cloudevents_batch",
+            Self::Slack => "slack",
         }
     }
 
@@ -45,9 +71,11 @@ impl Format {
     /// type, it says which.
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Json | Self::JsonLines => self.content_type(),
+            Self::Json | Self::JsonLines | Self::CloudEventsBatch => self.content_type(),
             Self::JsonArray => "application/json; format=json_array",
             Self::Single => "application/json; format=single",
+            Self::SplunkHec => "application/json; format=splunk_hec",
+            Self::Slack => "application/json; format=slack",
         }
     }
 
@@ -60,7 +88,12 @@ impl Format {
     pub const fn most_events(self) -> Option<usize> {
         match self {
             Self::Single => Some(1),
-            Self::Json | Self::JsonLines | Self::JsonArray => None,
+            Self::Json
+            | Self::JsonLines
+            | Self::JsonArray
+            | Self::SplunkHec
+            | Self::CloudEventsBatch
+            | Self::Slack => None,
         }
     }
 
@@ -68,98 +101,156 @@ impl Format {
         let (head, separator, tail): (&[u8], &[u8], &[u8]) = match self {
             Self::Json => (br#"{"events":["#, b",", b"]}"),
             Self::JsonLines => (b"", b"\n", b"\n"),
-            Self::JsonArray => (b"[", b",", b"]"),
-            Self::Single => (b"", b"", b""),
+            Self::JsonArray | Self::CloudEventsBatch => (b"[", b",", b"]"),
+            Self::Single | Self::SplunkHec => (b"", b"", b""),
+            // The separator is a line break as JSON spells it.
+            Self::Slack => (br#"{"text":""#, br"\n", br#""}"#),
         };
         Frame { head, separator, tail }
     }
 
-    /// An upper bound for the bytes of a body with `events` events of `bytes` bytes in total.
+    /// An upper bound for the bytes of a body with this number of entries of `bytes` bytes in total.
     ///
     /// Exact but for JSON Lines, which may drop line breaks and be shorter.
-    pub const fn body_len(self, events: usize, bytes: usize) -> usize {
+    pub const fn body_len(self, entries: usize, bytes: usize) -> usize {
         let Frame { head, separator, tail } = self.frame();
-        head.len() + bytes + separator.len() * events.saturating_sub(1) + tail.len()
+        head.len() + bytes + separator.len() * entries.saturating_sub(1) + tail.len()
     }
 
-    /// Splices valid events into one body.
+    /// Splices entries into one body.
     pub fn splice<'a>(
         self,
-        events: impl ExactSizeIterator<Item = &'a [u8]>,
+        entries: impl ExactSizeIterator<Item = &'a [u8]>,
         bytes: usize,
     ) -> Vec<u8> {
-        debug_assert!(self.most_events().is_none_or(|most| events.len() <= most));
+        debug_assert!(self.most_events().is_none_or(|most| entries.len() <= most));
         let Frame { head, separator, tail } = self.frame();
-        let mut body = Vec::with_capacity(self.body_len(events.len(), bytes));
+        let mut body = Vec::with_capacity(self.body_len(entries.len(), bytes));
         body.extend_from_slice(head);
-        for (n, event) in events.enumerate() {
+        for (n, entry) in entries.enumerate() {
             if n > 0 {
                 body.extend_from_slice(separator);
             }
             if self == Self::JsonLines {
                 // JSON has no raw line break inside a string, so each one is between tokens and can
                 // be dropped without changing a value.
-                for part in event.split(|b| matches!(b, b'\n' | b'\r')) {
+                for part in entry.split(|b| matches!(b, b'\n' | b'\r')) {
                     body.extend_from_slice(part);
                 }
             } else {
-                body.extend_from_slice(event);
+                body.extend_from_slice(entry);
             }
         }
         body.extend_from_slice(tail);
         body
     }
 
-    /// The first event of a body that [`splice`](Self::splice) made.
-    pub fn first_event(self, body: &[u8]) -> Option<&[u8]> {
+    /// The first entry of a body that [`splice`](Self::splice) made.
+    pub fn first_entry(self, body: &[u8]) -> Option<&[u8]> {
         match self {
-            Self::Json | Self::JsonArray => {
-                let events = body.strip_prefix(self.frame().head)?;
-                let first = serde_json::Deserializer::from_slice(events)
+            Self::Json | Self::JsonArray | Self::CloudEventsBatch | Self::SplunkHec => {
+                let entries = body.strip_prefix(self.frame().head)?;
+                let first = serde_json::Deserializer::from_slice(entries)
                     .into_iter::<&serde_json::value::RawValue>()
                     .next()?;
                 Some(first.ok()?.get().as_bytes())
             }
             Self::JsonLines => body.split(|b| *b == b'\n').next(),
             Self::Single => Some(body),
+            Self::Slack => self.entries(body)?.into_iter().next(),
         }
     }
 
-    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` for any
-    /// other body.
-    pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
+    /// The entries of a body that [`splice`](Self::splice) made, each with its bytes; `None` for
+    /// any other body.
+    pub fn entries(self, body: &[u8]) -> Option<Vec<&[u8]>> {
         let Frame { head, tail, .. } = self.frame();
-        let events = body.strip_prefix(head)?.strip_suffix(tail)?;
+        let entries = body.strip_prefix(head)?.strip_suffix(tail)?;
         match self {
-            Self::Json | Self::JsonArray => between_commas(events),
-            Self::JsonLines => Some(events.split(|b| *b == b'\n').collect()),
-            Self::Single => Some(vec![events]),
+            Self::Json | Self::JsonArray | Self::CloudEventsBatch => between_commas(entries),
+            Self::JsonLines => Some(entries.split(|b| *b == b'\n').collect()),
+            Self::Single => Some(vec![entries]),
+            Self::SplunkHec => objects(entries),
+            Self::Slack => between_line_breaks(entries),
         }
+    }
+}
+
+/// The depth of brackets outside strings, byte by byte.
+#[derive(Default)]
+struct Nesting {
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Nesting {
+    /// `None` if a bracket was closed that was not opened.
+    fn read(&mut self, b: u8) -> Option<()> {
+        match b {
+            _ if self.escaped => self.escaped = false,
+            b'\\' => self.escaped = self.in_string,
+            b'"' => self.in_string = !self.in_string,
+            _ if self.in_string => {}
+            b'{' | b'[' => self.depth += 1,
+            b'}' | b']' => self.depth = self.depth.checked_sub(1)?,
+            _ => {}
+        }
+        Some(())
+    }
+
+    const fn is_outside(&self) -> bool {
+        self.depth == 0 && !self.in_string
     }
 }
 
 /// The parts between commas that are outside of strings, objects and arrays; `None` if brackets do
 /// not match.
 fn between_commas(text: &[u8]) -> Option<Vec<&[u8]>> {
-    let mut parts = Vec::new();
-    let (mut start, mut depth, mut in_string, mut escaped) = (0, 0_usize, false, false);
+    let (mut parts, mut start, mut nesting) = (Vec::new(), 0, Nesting::default());
     for (at, b) in text.iter().enumerate() {
-        match b {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = in_string,
-            b'"' => in_string = !in_string,
-            _ if in_string => {}
-            b'{' | b'[' => depth += 1,
-            b'}' | b']' => depth = depth.checked_sub(1)?,
-            b',' if depth == 0 => {
-                parts.push(&text[start..at]);
-                start = at + 1;
-            }
-            _ => {}
+        nesting.read(*b)?;
+        if *b == b',' && nesting.is_outside() {
+            parts.push(&text[start..at]);
+            start = at + 1;
         }
     }
     parts.push(&text[start..]);
-    (depth == 0 && !in_string).then_some(parts)
+    nesting.is_outside().then_some(parts)
+}
+
+/// The objects of a text that has nothing else; `None` for any other text.
+fn objects(text: &[u8]) -> Option<Vec<&[u8]>> {
+    let (mut parts, mut start, mut nesting) = (Vec::new(), 0, Nesting::default());
+    for (at, b) in text.iter().enumerate() {
+        if at == start && *b != b'{' {
+            return None;
+        }
+        nesting.read(*b)?;
+        if nesting.is_outside() {
+            parts.push(&text[start..=at]);
+            start = at + 1;
+        }
+    }
+    (start == text.len() && !parts.is_empty()).then_some(parts)
+}
+
+/// The lines of the inside of a JSON string; `None` if it has a raw `"`.
+fn between_line_breaks(text: &[u8]) -> Option<Vec<&[u8]>> {
+    let (mut parts, mut start, mut escaped) = (Vec::new(), 0, false);
+    for (at, b) in text.iter().enumerate() {
+        match b {
+            b'n' if escaped => {
+                parts.push(&text[start..at - 1]);
+                start = at + 1;
+            }
+            b'"' if !escaped => return None,
+            _ => {}
+        }
+        escaped = *b == b'\\' && !escaped;
+    }
+    parts.push(&text[start..]);
+    (!escaped).then_some(parts)
 }
 
 #[cfg(test)]
@@ -187,8 +278,8 @@ mod tests {
         let (a, b) = (&b" {\n\"event\" : \"a\" } "[..], &b"{\"event\":\"b\"}"[..]);
         assert_eq!(splice(Format::JsonArray, &[a, b]), [b"[", a, b",", b, b"]"].concat());
         assert_eq!(splice(Format::Single, &[a]), a);
-        assert_eq!(Format::Single.events(a), Some(vec![a]));
-        assert_eq!(Format::JsonArray.events(b"{\"events\":[]}"), None);
+        assert_eq!(Format::Single.entries(a), Some(vec![a]));
+        assert_eq!(Format::JsonArray.entries(b"{\"events\":[]}"), None);
     }
 
     #[test]
@@ -198,6 +289,28 @@ mod tests {
             assert!(format.label().starts_with(format.content_type()));
         }
         assert_eq!(Format::labelled("application/json; format=xml"), None);
+    }
+
+    #[test]
+    fn objects_without_separators_and_lines_of_a_string_are_found_again() {
+        let (a, b) = (&br#"{"event":{"event":"}{"}}"#[..], &br#"{"event":[{}]}"#[..]);
+        let body = splice(Format::SplunkHec, &[a, b]);
+        assert_eq!(body, [a, b].concat());
+        assert_eq!(Format::SplunkHec.entries(&body), Some(vec![a, b]));
+        assert_eq!(Format::SplunkHec.first_entry(&body), Some(a));
+        for foreign in [&b""[..], b"7", b"{}7", b"{} {}", b"{", b"{}}", b"{\"}"] {
+            assert_eq!(Format::SplunkHec.entries(foreign), None, "{foreign:?}");
+        }
+
+        // A backslash and an n are no line break.
+        let (a, b) = (&br#"a \\n \" \t"#[..], &br"\\\\"[..]);
+        let body = splice(Format::Slack, &[a, b, b""]);
+        assert_eq!(body, [br#"{"text":""#, a, br"\n", b, br#"\n"}"#].concat());
+        assert_eq!(Format::Slack.entries(&body), Some(vec![a, b, b""]));
+        assert_eq!(Format::Slack.first_entry(&body), Some(a));
+        for foreign in [&b"{\"text\":\"a\\\"}"[..], b"{\"text\":\"\"\"}", b"{\"text\":1}"] {
+            assert_eq!(Format::Slack.entries(foreign), None, "{foreign:?}");
+        }
     }
 
     #[test]
@@ -217,9 +330,9 @@ mod tests {
             b"{\"events\":[\"]}",
             b"{\"events\":[}]}",
         ] {
-            assert_eq!(Format::Json.events(body), None, "{}", String::from_utf8_lossy(body));
+            assert_eq!(Format::Json.entries(body), None, "{}", String::from_utf8_lossy(body));
         }
-        assert_eq!(Format::JsonLines.events(b"{}"), None, "each line is ended");
+        assert_eq!(Format::JsonLines.entries(b"{}"), None, "each line is ended");
     }
 
     fn event() -> impl Strategy<Value = String> {
@@ -239,24 +352,24 @@ mod tests {
             let json: Value = serde_json::from_slice(&splice(Format::Json, &raw)).expect("a JSON body");
             prop_assert_eq!(&json["events"], &Value::Array(values.clone()));
             let body = splice(Format::Json, &raw);
-            prop_assert_eq!(Format::Json.events(&body).expect("made by splice"), raw.clone());
+            prop_assert_eq!(Format::Json.entries(&body).expect("made by splice"), raw.clone());
 
             let array = splice(Format::JsonArray, &raw);
             let parsed: Value = serde_json::from_slice(&array).expect("a JSON body");
             prop_assert_eq!(&parsed, &Value::Array(values.clone()));
             prop_assert_eq!(array.len(), Format::JsonArray.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
-            prop_assert_eq!(Format::JsonArray.events(&array).expect("made by splice"), raw.clone());
+            prop_assert_eq!(Format::JsonArray.entries(&array).expect("made by splice"), raw.clone());
 
             let lines = splice(Format::JsonLines, &raw);
             prop_assert!(lines.len() <= Format::JsonLines.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
             let text = std::str::from_utf8(&lines).expect("utf-8");
             let parsed: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).expect("a line")).collect();
             prop_assert_eq!(&parsed, &values);
-            let found = Format::JsonLines.events(&lines).expect("made by splice");
+            let found = Format::JsonLines.entries(&lines).expect("made by splice");
             prop_assert_eq!(splice(Format::JsonLines, &found), lines.clone());
             prop_assert_eq!(found.len(), raw.len());
-            prop_assert_eq!(Format::JsonLines.first_event(&lines), found.first().copied());
-            let first: Value = serde_json::from_slice(Format::Json.first_event(&body).expect("made by splice")).expect("an event");
+            prop_assert_eq!(Format::JsonLines.first_entry(&lines), found.first().copied());
+            let first: Value = serde_json::from_slice(Format::Json.first_entry(&body).expect("made by splice")).expect("an event");
             prop_assert_eq!(Some(&first), values.first());
         }
     }

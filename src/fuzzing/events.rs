@@ -3,7 +3,11 @@
 use serde_json::{Value, json, value::RawValue};
 
 use super::json::{Fields, SEPARATOR, WHITE_SPACE, plain_head};
-use crate::event::{self, Pattern, payload::Format};
+use crate::event::{
+    self, Pattern,
+    entry::{self, Metadata, event_in, max_len},
+    payload::Format,
+};
 
 /// The scan agrees with a parser on what is an event and on its fields; adding an id changes
 /// nothing else.
@@ -40,11 +44,11 @@ fn with_id(bytes: &[u8], head: &event::Head<'_>) {
     assert_eq!(event::with_id(&new, id), None);
 }
 
-fn spliced(format: Format, events: &[&[u8]]) -> Vec<u8> {
-    format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum())
+fn spliced(format: Format, entries: &[&[u8]]) -> Vec<u8> {
+    format.splice(entries.iter().copied(), entries.iter().map(|e| e.len()).sum())
 }
 
-/// The events of a body as a receiver reads them, each with its text.
+/// The events of a body as a receiver reads them, each with its text; of `slack` its lines.
 fn received(format: Format, body: &[u8]) -> Vec<&RawValue> {
     let text = std::str::from_utf8(body).expect("UTF-8");
     match format {
@@ -56,10 +60,39 @@ fn received(format: Format, body: &[u8]) -> Vec<&RawValue> {
         }
         Format::JsonArray => serde_json::from_slice(body).expect("an array"),
         Format::Single => vec![serde_json::from_slice(body).expect("an event")],
+        Format::SplunkHec => serde_json::Deserializer::from_slice(body)
+            .into_iter::<&RawValue>()
+            .map(|one| part(one.expect("an object"), "event"))
+            .collect(),
+        Format::CloudEventsBatch => {
+            let all: Vec<&RawValue> = serde_json::from_slice(body).expect("an array");
+            all.into_iter().map(|one| part(one, "data")).collect()
+        }
+        Format::Slack => unreachable!("its lines hold no events"),
         Format::JsonLines => {
             let lines = text.strip_suffix('\n').expect("the last line is ended").split('\n');
             lines.map(|line| serde_json::from_str(line).expect("each line is JSON")).collect()
         }
+    }
+}
+
+/// The value of an object's field.
+fn part<'b>(object: &'b RawValue, name: &str) -> &'b RawValue {
+    let fields = Fields::of(object.get().as_bytes()).expect("an object");
+    serde_json::from_str(fields.last(name).expect("the field")).expect("a value")
+}
+
+/// The lines of `slack` are as many as there are events, and none can do anything in a chat.
+fn lines(body: &[u8], events: usize) {
+    let body: Value = serde_json::from_slice(body).expect("JSON");
+    let text = body["text"].as_str().expect("a text");
+    assert_eq!(text.split('\n').count(), events);
+    assert!(!text.contains(['<', '>', '\r', '\u{2028}', '\u{2029}']));
+    let mentions = |rest: &str| rest.starts_with(char::is_alphanumeric);
+    let mut before = ' ';
+    for (at, c) in text.char_indices() {
+        assert!(c != '@' || before.is_alphanumeric() || !mentions(&text[at + 1..]));
+        before = c;
     }
 }
 
@@ -83,9 +116,32 @@ pub fn splice(bytes: &[u8]) {
     let all = &events;
     for format in Format::ALL {
         let events = &all[..format.most_events().unwrap_or(all.len()).min(all.len())];
-        let body = spliced(format, events);
-        let longest = format.body_len(events.len(), events.iter().map(|e| e.len()).sum());
-        assert!(body.len() == longest || format == Format::JsonLines && body.len() < longest);
+        let metadata = Metadata { source: Some("/a".to_owned()), ..Metadata::default() };
+        let with_ids = events.iter().map(|event| (*event, None));
+        let body = entry::body(format, &metadata, "msg_1", with_ids, 0);
+        let most = events.iter().map(|e| max_len(format, &metadata, e, None)).sum();
+        let longest = format.body_len(events.len(), most);
+        let is_shorter = matches!(format, Format::JsonLines | Format::CloudEventsBatch);
+        assert!(body.len() == longest || is_shorter && body.len() < longest);
+
+        let entries = format.entries(&body).expect("a body of its own");
+        assert_eq!(entries.len(), events.len());
+        assert_eq!(spliced(format, &entries), body, "what is found makes the same body");
+        let first = format.first_entry(&body).expect("a first entry");
+        assert_eq!(first.trim_ascii(), entries[0].trim_ascii());
+        if entries.len() > 1 {
+            let (first, second) = entries.split_at(entries.len().div_ceil(2));
+            let halves = [spliced(format, first), spliced(format, second)];
+            let again: Vec<&[u8]> = halves
+                .iter()
+                .flat_map(|half| format.entries(half).expect("a body of its own"))
+                .collect();
+            assert_eq!(again, entries, "nothing is lost between the halves");
+        }
+        if format == Format::Slack {
+            lines(&body, events.len());
+            continue;
+        }
 
         let read = received(format, &body);
         assert_eq!(read.len(), events.len());
@@ -119,24 +175,15 @@ pub fn splice(bytes: &[u8]) {
             );
         }
 
-        let found = format.events(&body).expect("a body of its own");
-        assert!(format == Format::JsonLines || found == events);
-        assert_eq!(
-            found.iter().map(|e| event::head(e)).collect::<Vec<_>>(),
-            events.iter().map(|e| event::head(e)).collect::<Vec<_>>()
-        );
-        assert_eq!(spliced(format, &found), body, "what is found makes the same body");
-        let first = format.first_event(&body).expect("a first event");
-        assert_eq!(event::head(first), event::head(events[0]));
-        if found.len() > 1 {
-            let (first, second) = found.split_at(found.len().div_ceil(2));
-            let halves = [spliced(format, first), spliced(format, second)];
-            let again: Vec<&[u8]> = halves
+        let found: Vec<&[u8]> =
+            entries.iter().map(|one| event_in(format, one).expect("an event")).collect();
+        let heads = |events: &[&[u8]]| -> Vec<_> {
+            events
                 .iter()
-                .flat_map(|half| format.events(half).expect("a body of its own"))
-                .collect();
-            assert_eq!(again, found, "nothing is lost between the halves");
-        }
+                .map(|e| event::head(e).map(|h| (h.event_type.into_owned(), h.timestamp)))
+                .collect()
+        };
+        assert_eq!(heads(&found), heads(events));
     }
 }
 

@@ -177,6 +177,7 @@ fn replay(
             max_events: subscriber.batch.max_events,
             max_bytes: subscriber.batch.max_bytes,
             event_ids: subscriber.event_ids,
+            metadata: subscriber.metadata.clone(),
             bound_at: None,
         },
         progress: ReplayProgress::begin(extent.after, extent.upto, extent.rows),

@@ -12,8 +12,12 @@ use super::replay::as_sent;
 use crate::{
     clock,
     config::Subscriber,
-    delivery::{AttemptLog, Batch, Print, Reason},
-    event::{Tenant, payload::Format},
+    delivery::{AttemptLog, Batch, BatchId, Print, Reason},
+    event::{
+        Tenant,
+        entry::{self, Metadata},
+        payload::Format,
+    },
     store::{
         Delivery, DeliveryState, EventFilter, EventNumber, EventRow, Gap, MAX_ROWS, Store,
         StoreError,
@@ -79,7 +83,7 @@ pub async fn rebuild<S: Store>(
     let Some((format, sha256)) = contents.format.zip(contents.sha256) else {
         return Err(NotResent::NotTheSame(unseen(store, delivery).await?));
     };
-    let mut hunt = Hunt::new(prints, format, sha256, subscriber);
+    let mut hunt = Hunt::new(delivery, prints, format, sha256, subscriber);
     let body = hunt.search(store, delivery, clock::instant() + SEARCH_TIME).await?;
     Ok(Batch {
         id: delivery.id.clone(),
@@ -169,6 +173,9 @@ async fn unseen<S: Store>(store: &S, delivery: &Delivery) -> Result<String, Stor
 struct Hunt<'p> {
     prints: &'p [Print],
     format: Format,
+    metadata: &'p Metadata,
+    /// The id of the batch in which the events were sent first.
+    whole: BatchId,
     sha256: [u8; 32],
     event_ids: bool,
     /// Of this tenant's events alone.
@@ -184,10 +191,19 @@ struct Hunt<'p> {
 }
 
 impl<'p> Hunt<'p> {
-    fn new(prints: &'p [Print], format: Format, sha256: [u8; 32], subscriber: &Subscriber) -> Self {
+    fn new(
+        delivery: &Delivery,
+        prints: &'p [Print],
+        format: Format,
+        sha256: [u8; 32],
+        subscriber: &'p Subscriber,
+    ) -> Self {
+        let parents = std::iter::successors(Some(delivery.id.clone()), BatchId::parent);
         Self {
             prints,
             format,
+            metadata: &subscriber.metadata,
+            whole: parents.last().unwrap_or_else(|| delivery.id.clone()),
             sha256,
             event_ids: subscriber.event_ids,
             tenant: subscriber.tenant.clone(),
@@ -262,13 +278,17 @@ impl<'p> Hunt<'p> {
             if !is_run {
                 continue;
             }
-            let body = self.body(run.iter().rev(), true)?;
-            self.budget = self.budget.saturating_sub(body.len());
-            if <[u8; 32]>::from(Sha256::digest(&body)) == self.sha256 {
-                return Some(body);
-            }
-            if self.budget == 0 {
-                return None;
+            // Only of entries that have ids besides the field are there more than those with it.
+            let alone = entry::has_identity(self.format).then_some(false);
+            for event_ids in std::iter::once(true).chain(alone) {
+                let body = self.body(run.iter().rev(), event_ids)?;
+                self.budget = self.budget.saturating_sub(body.len());
+                if <[u8; 32]>::from(Sha256::digest(&body)) == self.sha256 {
+                    return Some(body);
+                }
+                if self.budget == 0 {
+                    return None;
+                }
             }
         }
         None
@@ -280,16 +300,19 @@ impl<'p> Hunt<'p> {
         rows: impl Iterator<Item = &'r EventRow>,
         event_ids: bool,
     ) -> Option<Vec<u8>> {
-        let bodies = rows.map(|row| sent(row, event_ids)).collect::<Option<Vec<Bytes>>>()?;
-        let bytes = bodies.iter().map(Bytes::len).sum();
-        Some(self.format.splice(bodies.iter().map(|body| &body[..]), bytes))
+        let with_id = |row: &'r EventRow| Some((sent(row, event_ids)?, row.message_id.as_deref()));
+        let bodies = rows.map(with_id).collect::<Option<Vec<(Bytes, Option<&str>)>>>()?;
+        let bytes = bodies.iter().map(|(body, _)| body.len()).sum();
+        let events = bodies.iter().map(|(body, id)| (&body[..], *id));
+        Some(entry::body(self.format, self.metadata, self.whole.as_str(), events, bytes))
     }
 
     /// Whether other rows with the same prints can make another body.
     fn depends_on_ids(&self) -> bool {
         self.found.values().any(|row| {
             let row = &self.rows[*row];
-            row.body.is_some() && sent(row, true) != row.body
+            let has_id = entry::has_identity(self.format) || sent(row, true) != row.body;
+            row.body.is_some() && has_id
         })
     }
 

@@ -15,6 +15,7 @@ use crate::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
         Print,
     },
+    event::entry::{self, Metadata},
     policy::{
         circuit_breaker::Begun,
         turn::Turn,
@@ -29,6 +30,8 @@ pub(super) struct Admitted {
     pub(super) event: Event,
     /// The bytes of its body that were not published: the field `event_id`.
     pub(super) added: Option<Range<usize>>,
+    /// The most bytes of its entry in a request body.
+    pub(super) bytes: usize,
     /// The field `timestamp`.
     pub(super) happened_at: Option<SystemTime>,
     pub(super) arrived_at: SystemTime,
@@ -119,7 +122,7 @@ pub(super) fn first_attempt(
     mut events: Vec<Admitted>,
     bytes: usize,
 ) -> InFlight {
-    let format = subscriber.format;
+    let (format, metadata) = (subscriber.format, &subscriber.metadata);
     let now = clock::now();
     let first = events.first_mut();
     let (happened_at, arrived_at, traceparent) = first.map_or_else(
@@ -127,9 +130,11 @@ pub(super) fn first_attempt(
         |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()),
     );
     let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
+    let id = id_of(subscriber, &events, &prints);
+    let with_ids = events.iter().map(|e| (&e.event.body[..], e.event.message_id.as_deref()));
     let batch = Batch {
-        id: id_of(subscriber, &events, &prints),
-        body: format.splice(events.iter().map(|e| &e.event.body[..]), bytes).into(),
+        body: entry::body(format, metadata, id.as_str(), with_ids, bytes).into(),
+        id,
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
         attempts: 1,
@@ -149,7 +154,12 @@ fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> Batc
     let times = events.iter().map(|e| e.event.published_at);
     let all = numbers.into_iter().zip(times).zip(prints);
     let ids = if subscriber.event_ids { "with ids" } else { "" };
-    let form = format!("{} {ids}", subscriber.format.label());
+    let mut form = format!("{} {ids}", subscriber.format.label());
+    let Metadata { source, sourcetype, index } = &subscriber.metadata;
+    for text in [source, sourcetype, index].into_iter().flatten() {
+        form.push('\0');
+        form.push_str(text);
+    }
     BatchId::of_events(
         &subscriber.name,
         &form,

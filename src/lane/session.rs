@@ -17,7 +17,7 @@ use crate::{
     clock,
     delivery::{Batch, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState},
     endpoint::webhook::Request,
-    event::head,
+    event::{entry::event_in, head},
     failpoint::{Step, reached},
     policy::{
         batching::Batcher,
@@ -201,10 +201,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
         batch.attempts = batch.attempts.saturating_add(1);
         let arrived_at = *batch.first_attempt_at.get_or_insert_with(clock::now);
-        let happened_at = batch
-            .format
-            .first_event(&batch.body)
-            .and_then(|event| happened_at(head(event).ok()?.timestamp));
+        let first = batch.format.first_entry(&batch.body);
+        let first = first.and_then(|first| event_in(batch.format, first));
+        let happened_at = first.and_then(|event| happened_at(head(event).ok()?.timestamp));
         let events = batch.events.into();
         let in_flight =
             InFlight { batch, receipts: vec![receipt], happened_at, arrived_at, turn: Turn::Retry };
@@ -295,7 +294,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Sorted::new(taken, &self.lane.subscriber, &self.batcher, clock::now());
         let now = clock::instant();
         for event in events {
-            let bytes = event.event.body.len();
+            let bytes = event.bytes;
             self.batcher.push(event, bytes, now);
         }
         self.retries.extend(retries);

@@ -6,7 +6,7 @@ use super::in_flight::{Admitted, happened_at};
 use crate::{
     config::Subscriber,
     delivery::{Batch, DeadLetter, MessageKind, Reason},
-    event::{WithId, head, with_id},
+    event::{WithId, entry, head, with_id},
     policy::batching::Batcher,
     queue::{Event, Receipt, Taken},
 };
@@ -74,10 +74,10 @@ impl Sorted {
         now: SystemTime,
     ) {
         match prepare(&mut event, subscriber, batcher) {
-            Ok(Prepared { timestamp, added }) => {
+            Ok(Prepared { timestamp, added, bytes }) => {
                 let arrived_at = event.published_at.unwrap_or(now);
                 let happened_at = happened_at(timestamp);
-                self.events.push(Admitted { event, added, happened_at, arrived_at });
+                self.events.push(Admitted { event, added, bytes, happened_at, arrived_at });
             }
             Err((reason, error)) => {
                 let Event { body, content_type, message_id, receipt, .. } = event;
@@ -94,6 +94,8 @@ struct Prepared {
     timestamp: Option<u64>,
     /// The bytes of the body that were not published.
     added: Option<Range<usize>>,
+    /// The most bytes of its entry.
+    bytes: usize,
 }
 
 /// Puts the event's id into its body where that is configured.
@@ -126,7 +128,12 @@ fn prepare(
         event.body = body.into();
         added = Some(field);
     }
-    Ok(Prepared { timestamp, added })
+    let Subscriber { format, metadata, .. } = subscriber;
+    let bytes = entry::max_len(*format, metadata, &event.body, event.message_id.as_deref());
+    if !batcher.fits(bytes) {
+        return Err((Reason::TooLarge, format!("in the format {} {}", format.name(), too_large())));
+    }
+    Ok(Prepared { timestamp, added, bytes })
 }
 
 #[cfg(test)]

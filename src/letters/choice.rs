@@ -11,7 +11,7 @@ use super::key::Key;
 use crate::{
     clock,
     delivery::{DeadLetter, MessageKind, Reason},
-    event::{Pattern, event_type},
+    event::{Pattern, entry::event_in, event_type},
     queue::Held,
     wording::{self, visible},
 };
@@ -122,8 +122,9 @@ fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
     match letter.kind {
         MessageKind::Event => matches(&letter.body),
         MessageKind::Batch => {
-            let events = letter.format().and_then(|format| format.events(&letter.body));
-            events.is_some_and(|events| events.into_iter().any(matches))
+            let Some(format) = letter.format() else { return false };
+            let entries = format.entries(&letter.body).unwrap_or_default();
+            entries.into_iter().filter_map(|one| event_in(format, one)).any(matches)
         }
     }
 }

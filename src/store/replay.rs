@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::{delivery::DeliveryState, row::EventNumber};
 use crate::{
     delivery::{BatchId, SubscriberName},
-    event::{Pattern, Tenant, payload::Format},
+    event::{Pattern, Tenant, entry::Metadata, payload::Format},
 };
 
 /// The most operations that are kept: the latest.
@@ -146,6 +146,8 @@ pub struct ReplayOrder {
     /// Events in a second, at most.
     pub rate: Option<u32>,
     pub format: Format,
+    /// What the format puts beside each event.
+    pub metadata: Metadata,
     /// The most events of a batch.
     pub max_events: usize,
     /// The most bytes of a request body.
@@ -376,6 +378,7 @@ pub(crate) mod tests {
                 after: EventNumber(0),
                 rate: Some(7),
                 format: Format::JsonLines,
+                metadata: Metadata { source: Some("/audit".to_owned()), ..Metadata::default() },
                 max_events: 3,
                 max_bytes: 1000,
                 event_ids: true,

@@ -28,6 +28,15 @@ operation = api["webhooks"]["batch"]["post"]
 parameters = {p["name"]: p for p in operation["parameters"]}
 
 
+def objects(text):
+    """The objects of a body of `splunk_hec`, which follow each other without a separator."""
+    found, at = [], 0
+    while at < len(text):
+        one, at = json.JSONDecoder().raw_decode(text, at)
+        found.append(one)
+    return found
+
+
 def wrong(request):
     """What a request has that the documents do not allow, or lacks."""
     headers, body = request["headers"], base64.b64decode(request["body"])
@@ -42,11 +51,18 @@ def wrong(request):
     if headers["content-type"] not in operation["requestBody"]["content"]:
         yield f"content-type {headers['content-type']}"
     if headers["content-type"] == "application/json":
-        parsed = json.loads(body)
+        try:
+            parsed = json.loads(body)
+        except json.JSONDecodeError:
+            parsed = objects(body.decode())
         array = parsed if isinstance(parsed, list) else [parsed]
         schema = "payload.json" if "events" in parsed else "event.json"
         for one in array:
-            yield from (e.message for e in validators[schema].iter_errors(one))
+            hec = isinstance(one.get("event"), dict)
+            yield from (e.message for e in validators[schema].iter_errors(one["event"] if hec else one))
+    elif headers["content-type"] == "application/cloudevents-batch+json":
+        for one in json.loads(body):
+            yield from (e.message for e in validators["event.json"].iter_errors(one["data"]))
     elif headers["content-type"] == "application/jsonl":
         for line in body.decode().removesuffix("\n").split("\n"):
             yield from (e.message for e in validators["event.json"].iter_errors(json.loads(line)))

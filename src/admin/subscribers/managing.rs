@@ -66,8 +66,19 @@ struct Edit {
 }
 
 /// The keys that decide what a request looks like.
-const OF_REQUESTS: [&str; 7] =
-    ["preset", "format", "event_ids", "signatures", "secrets", "headers", "auth"];
+const OF_REQUESTS: [&str; 11] = [
+    "preset",
+    "format",
+    "content_type",
+    "source",
+    "sourcetype",
+    "index",
+    "event_ids",
+    "signatures",
+    "secrets",
+    "headers",
+    "auth",
+];
 
 /// The signing secret of an example for which none was typed. Nobody's requests are signed with it.
 pub(in crate::admin) const PLACEHOLDER: &str = "whsec_aG9va3RyYWlsOiBhIHBsYWNlaG9sZGVyIHNlY3JldC4=";

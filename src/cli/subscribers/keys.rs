@@ -40,7 +40,8 @@ pub(in crate::cli) struct Keys {
     /// The tenant whose events it gets, and no others; only for a new one
     #[arg(long, value_name = "TENANT")]
     tenant: Option<Tenant>,
-    /// What a request's body is: `json`, `jsonl`, `json_array` or `single`
+    /// What a request's body is: `json`, `jsonl`, `json_array`, `single`, `splunk_hec`,
+    /// `cloudevents_batch` or `slack`
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
     /// What it is for

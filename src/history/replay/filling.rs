@@ -7,7 +7,10 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     delivery::{AttemptLog, Batch, BatchId, Print},
-    event::{head, with_id},
+    event::{
+        entry::{self, max_len},
+        head, with_id,
+    },
     store::{EventNumber, EventRow, Replay, ReplayOrder, ReplayProgress},
 };
 
@@ -19,7 +22,7 @@ pub(super) struct Filling {
     /// Up to the last row that was added.
     progress: ReplayProgress,
     events: Vec<Chosen>,
-    /// Bytes of `events`.
+    /// The most bytes of their entries.
     bytes: usize,
 }
 
@@ -28,6 +31,7 @@ pub(super) struct Filling {
 struct Chosen {
     number: EventNumber,
     body: Bytes,
+    message_id: Option<String>,
     print: Print,
 }
 
@@ -58,8 +62,8 @@ impl Filling {
     pub(super) fn add(&mut self, row: &EventRow) -> Option<Filled> {
         let chosen = is_chosen(&self.order, row).then(|| sendable(&self.order, row));
         let mut filled = None;
-        if let Some(Some(body)) = &chosen
-            && !self.fits(body.len())
+        if let Some(Some((_, bytes))) = &chosen
+            && !self.fits(*bytes)
         {
             // Before this row is counted: a replay that goes on there reads it again.
             filled = self.cut();
@@ -70,10 +74,10 @@ impl Filling {
         match chosen {
             None => {}
             Some(None) => self.progress.unusable += 1,
-            Some(Some(body)) => {
-                self.bytes += body.len();
-                let print = Print::from_sha256(&row.sha256);
-                self.events.push(Chosen { number: row.number, body, print });
+            Some(Some((body, bytes))) => {
+                self.bytes += bytes;
+                let (print, message_id) = (Print::from_sha256(&row.sha256), row.message_id.clone());
+                self.events.push(Chosen { number: row.number, body, message_id, print });
             }
         }
         let is_full = self.events.len() >= self.order.max_events;
@@ -87,22 +91,24 @@ impl Filling {
 
     /// Whether an event fits into the batch. One that is too large for any is not chosen.
     fn fits(&self, bytes: usize) -> bool {
-        let ReplayOrder { format, max_bytes, .. } = self.order;
+        let ReplayOrder { format, max_bytes, .. } = &self.order;
         let len = format.body_len(self.events.len() + 1, self.bytes + bytes);
-        self.events.is_empty() || len <= max_bytes
+        self.events.is_empty() || len <= *max_bytes
     }
 
     fn cut(&mut self) -> Option<Filled> {
         let events = std::mem::take(&mut self.events);
         let bytes = std::mem::take(&mut self.bytes);
         let first = events.first()?.number;
-        let format = self.order.format;
+        let ReplayOrder { format, metadata, .. } = &self.order;
+        let id = batch_id(&self.id, first);
+        let with_ids = events.iter().map(|e| (&e.body[..], e.message_id.as_deref()));
         self.progress.enqueued += events.len() as u64;
         self.progress.batches += 1;
         let batch = Batch {
-            id: batch_id(&self.id, first),
-            body: format.splice(events.iter().map(|e| &e.body[..]), bytes).into(),
-            format,
+            body: entry::body(*format, metadata, id.as_str(), with_ids, bytes).into(),
+            id,
+            format: *format,
             events: u32::try_from(events.len()).unwrap_or(u32::MAX),
             attempts: 0,
             first_attempt_at: None,
@@ -124,12 +130,16 @@ pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
         && order.events.as_ref().is_none_or(|pattern| pattern.matches(&row.event_type))
 }
 
-/// The bytes of an event as a lane sends them; `None` if it would give the event up.
-fn sendable(order: &ReplayOrder, row: &EventRow) -> Option<Bytes> {
-    let fits = |body: &[u8]| order.format.body_len(1, body.len()) <= order.max_bytes;
-    let body = row.body.as_ref().filter(|body| fits(body) && head(body).is_ok())?;
-    let body = as_sent(body, row.message_id.as_deref().filter(|_| order.event_ids));
-    Some(body).filter(|body| fits(body))
+/// The bytes of an event as a lane sends them, and the most of its entry; `None` if it would give
+/// the event up.
+fn sendable(order: &ReplayOrder, row: &EventRow) -> Option<(Bytes, usize)> {
+    let ReplayOrder { format, metadata, .. } = order;
+    let fits = |bytes: usize| format.body_len(1, bytes) <= order.max_bytes;
+    let body = row.body.as_ref().filter(|body| fits(body.len()) && head(body).is_ok())?;
+    let id = row.message_id.as_deref();
+    let body = as_sent(body, id.filter(|_| order.event_ids));
+    let bytes = max_len(*format, metadata, &body, id);
+    fits(bytes).then_some((body, bytes))
 }
 
 /// An event with its id as its field `event_id`, if it has none.
@@ -178,7 +188,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        event::{Pattern, details::Details, payload::Format},
+        event::{Pattern, details::Details, entry::Metadata, payload::Format},
         store::{BatchEnds, ReplayState},
     };
 
@@ -195,6 +205,7 @@ mod tests {
             after: EventNumber(0),
             rate: None,
             format: Format::Json,
+            metadata: Metadata::default(),
             max_events: 3,
             max_bytes: 1000,
             event_ids: false,

@@ -333,6 +333,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Option<Delivery>> {
                 1 => Format::JsonLines,
                 2 => Format::JsonArray,
                 3 => Format::Single,
+                4 => Format::SplunkHec,
+                5 => Format::CloudEventsBatch,
+                6 => Format::Slack,
                 _ => Format::Json,
             }),
             events: row.get(9)?,
@@ -352,6 +355,9 @@ const fn format_number(format: Format) -> i64 {
         Format::JsonLines => 1,
         Format::JsonArray => 2,
         Format::Single => 3,
+        Format::SplunkHec => 4,
+        Format::CloudEventsBatch => 5,
+        Format::Slack => 6,
     }
 }
 

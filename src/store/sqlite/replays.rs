@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock,
     delivery::{BatchId, SubscriberName},
-    event::{Pattern, Tenant, payload::Format},
+    event::{Pattern, Tenant, entry::Metadata, payload::Format},
     store::{
         Added, BatchEnds, Changed, EventNumber, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS,
         MAX_RUNNING, NewOperation, Newcomer, Operation, Page, Recorded, Replay, ReplayChange,
@@ -41,10 +41,32 @@ struct StoredOrder {
     is_lines: bool,
     #[serde(default)]
     format: Option<String>,
+    #[serde(default)]
+    metadata: StoredMetadata,
     max_events: usize,
     max_bytes: usize,
     event_ids: bool,
     bound_at: Option<i64>,
+}
+
+/// A [`Metadata`] as it is stored.
+#[derive(Default, Serialize, Deserialize)]
+struct StoredMetadata {
+    source: Option<String>,
+    sourcetype: Option<String>,
+    index: Option<String>,
+}
+
+impl From<Metadata> for StoredMetadata {
+    fn from(Metadata { source, sourcetype, index }: Metadata) -> Self {
+        Self { source, sourcetype, index }
+    }
+}
+
+impl From<StoredMetadata> for Metadata {
+    fn from(StoredMetadata { source, sourcetype, index }: StoredMetadata) -> Self {
+        Self { source, sourcetype, index }
+    }
 }
 
 impl From<&ReplayOrder> for StoredOrder {
@@ -61,6 +83,7 @@ impl From<&ReplayOrder> for StoredOrder {
             rate: o.rate,
             is_lines: o.format == Format::JsonLines,
             format: Some(o.format.name().to_owned()),
+            metadata: o.metadata.clone().into(),
             max_events: o.max_events,
             max_bytes: o.max_bytes,
             event_ids: o.event_ids,
@@ -97,6 +120,7 @@ impl TryFrom<StoredOrder> for ReplayOrder {
             after: EventNumber(o.after),
             rate: o.rate,
             format,
+            metadata: o.metadata.into(),
             max_events: o.max_events,
             max_bytes: o.max_bytes,
             event_ids: o.event_ids,

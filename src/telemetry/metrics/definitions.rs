@@ -303,7 +303,7 @@ pub fn reference() -> String {
          or a secret. Counters begin at 0 at each start. Time is in seconds, points in time are Unix seconds. This page is made from the list in\n\
          `src/telemetry/metrics/definitions.rs`, and a test holds it to that.\n\n\
          Each subscriber has about a hundred series, which the daemon keeps and Prometheus stores. Where more than 1,000 subscribers are configured\n\
-         when the daemon starts, and with `[metrics] per_subscriber = false`, all are counted together: `subscriber` is `*`, which is nobody's name;\n\
+         when the daemon starts, or as `[metrics] per_subscriber` says, all are counted together: `subscriber` is `*`, which is nobody's name;\n\
          counters and histograms count all, and a gauge is the sum of all, so `hooktrail_paused` is how many are paused. A point in time\n\
          has no sum: those of subscribers are absent. Who it is that fails, waits or is paused, the status and the console say then.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
     );

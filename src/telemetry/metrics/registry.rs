@@ -80,14 +80,14 @@ impl Metrics {
 
     /// The messages of subscribers that are not configured any more; the series of all others end.
     pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
-        let all = removed.values().sum::<u64>() as f64;
-        let each = removed.iter().map(|(name, messages)| (name.as_str(), *messages as f64));
-        let set = |values: &mut dyn Iterator<Item = (&str, f64)>| {
-            self.0.families.set_all("removed_subscriber_messages", "subscriber", values);
-        };
-        match self.0.sums.get() {
-            Some(_) => set(&mut std::iter::once((ALL_TOGETHER, all))),
-            None => set(&mut each.into_iter()),
+        let (name, label, families) =
+            ("removed_subscriber_messages", "subscriber", &self.0.families);
+        if self.0.sums.get().is_some() {
+            let all = removed.values().sum::<u64>() as f64;
+            families.set_all(name, label, [(ALL_TOGETHER, all)]);
+        } else {
+            let each = removed.iter().map(|(name, messages)| (name.as_str(), *messages as f64));
+            families.set_all(name, label, each);
         }
     }
 

@@ -12,7 +12,7 @@ use crate::support::{
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
-    receiver::{Receiver, event, status},
+    receiver::{Receiver, Request, event, status},
     run, tests_that_need,
 };
 
@@ -102,24 +102,32 @@ async fn formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_an
         })
         .await
     };
-    let (array, single) = (picky().await, picky().await);
-    let of = |name: &str, receiver: &Receiver| {
-        let more = format!("format = \"{name}\"\nbatch = {{ max_wait = \"500ms\" }}");
-        subscriber(&name.replace('_', "-"), &receiver.url, &more)
-    };
-    let text = QUICK.to_owned() + &of("json_array", &array) + &of("single", &single);
+    const HEC: &str = "source = \"hooktrail\"\nindex = \"main\"";
+    let mut all = Vec::new();
+    let mut text = QUICK.to_owned();
+    for (format, more) in [
+        ("json_array", ""),
+        ("single", ""),
+        ("splunk_hec", HEC),
+        ("cloudevents_batch", "source = \"/audit\""),
+    ] {
+        let receiver = picky().await;
+        let more = format!("format = \"{format}\"\nbatch = {{ max_wait = \"500ms\" }}\n{more}");
+        text += &subscriber(&format.replace('_', "-"), &receiver.url, &more);
+        all.push((format, receiver));
+    }
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(9)]).await;
-    for receiver in [&array, &single] {
+    for (_, receiver) in &all {
         receiver.wait_requests(1).await;
     }
     queue.publish(TYPE, (0..6).map(event)).await;
-    for receiver in [&array, &single] {
+    for (_, receiver) in &all {
         receiver.wait_requests(2).await;
     }
     queue.publish(TYPE, [event(8)]).await;
-    for (format, receiver) in [("json_array", &array), ("single", &single)] {
+    for (format, receiver) in &all {
         let name = format.replace('_', "-");
         queue.wait_dead(&name, 1).await;
         eventually("the others are accepted", async || receiver.accepted().len() == 7).await;
@@ -127,22 +135,47 @@ async fn formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_an
         let again = requests.iter().skip(2).find(|r| r.id() == requests[1].id()).expect("a retry");
         assert_eq!((&again.body, again.attempt()), (&requests[1].body, 2), "{format}");
         let dead = setup.dead(&name);
-        assert_eq!(
-            (&dead[0]["events"], &dead[0]["content_type"]),
-            (&json!(1), &json!(format!("application/json; format={format}"))),
-            "{dead:?}"
-        );
+        let label = match *format {
+            "cloudevents_batch" => "application/cloudevents-batch+json".to_owned(),
+            _ => format!("application/json; format={format}"),
+        };
+        assert_eq!((&dead[0]["events"], &dead[0]["content_type"]), (&json!(1), &json!(label)));
+        // What the dead letter holds is found by the event's type.
+        let of_type = setup.ok(&["dead", "list", &name, "--type", "activity_log.#", "--json"]);
+        assert!(of_type.contains(dead[0]["id"].as_str().expect("an id")), "{of_type}");
         // It is accepted now, with the same bytes.
         receiver.now(|_, _| status(200));
         setup.ok(&["dead", "replay", &name]);
         eventually("the replayed one is accepted", async || receiver.accepted().contains(&2)).await;
         let last = receiver.requests().pop().expect("a request");
-        let whole = if format == "single" { event(2) } else { format!("[{}]", event(2)) };
-        assert_eq!(last.body, whole.as_bytes());
-        assert_eq!(last.header("content-type"), "application/json");
+        let (whole, content_type) = match *format {
+            "single" => (event(2), "application/json"),
+            "json_array" => (format!("[{}]", event(2)), "application/json"),
+            "splunk_hec" => (
+                format!(
+                    "{{\"time\":1733739084,\"source\":\"hooktrail\",\"index\":\"main\",\"event\":{}}}",
+                    event(2)
+                ),
+                "application/json",
+            ),
+            _ => {
+                // The id is that of the first batch, and the event's place there.
+                let first = requests[1].id();
+                let place = requests[1].numbers().iter().position(|n| *n == 2).map_or(0, |n| n + 1);
+                let head = r#""specversion":"1.0","id""#;
+                let more = r#""source":"/audit","type":"activity_log.user.updated","time":"2024-12-09T10:11:24Z""#;
+                let event = event(2);
+                (
+                    format!("[{{{head}:\"{first}.{place}\",{more},\"data\":{event}}}]"),
+                    "application/cloudevents-batch+json",
+                )
+            }
+        };
+        assert_eq!(String::from_utf8_lossy(&last.body), whole);
+        assert_eq!(last.header("content-type"), content_type);
+        let is_one = |r: &Request| r.events().len() == 1;
+        assert_eq!(receiver.requests().iter().all(is_one), *format == "single");
     }
-    assert!(single.requests().iter().all(|r| r.events().len() == 1));
-    assert!(array.requests().iter().any(|r| r.events().len() > 1));
 }
 
 async fn batches_keep_to_their_number_size_and_time(queue: Queue) {

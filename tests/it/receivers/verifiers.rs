@@ -23,6 +23,7 @@ tests_that_need!(
     what_is_sent_is_what_the_schemas_and_the_openapi_document_describe,
     the_schema_of_the_configuration_says_what_check_says,
     libraries_that_others_wrote_accept_what_is_sent_and_nothing_else,
+    the_sdk_of_cloudevents_reads_what_is_sent,
     openssl_makes_the_same_signature_of_a_header_of_its_own,
     the_snippets_of_the_document_accept_what_is_sent_and_nothing_else,
 );
@@ -114,6 +115,8 @@ async fn sent() -> Vec<Case> {
         ("lines", "format = \"jsonl\"".to_owned()),
         ("array", "format = \"json_array\"".to_owned()),
         ("single", "format = \"single\"".to_owned()),
+        ("hec", "format = \"splunk_hec\"\nsource = \"hooktrail\"".to_owned()),
+        ("cloud", "format = \"cloudevents_batch\"\nsource = \"/audit\"".to_owned()),
         ("mailtrap", "signatures = [\"mailtrap\"]".to_owned()),
         ("hex", "signatures = [{ header = \"X-Hub-Signature-256\", prefix = \"sha256=\" }]".to_owned()),
         ("base64", "signatures = [{ header = \"X-Hub-Signature-256\", encoding = \"base64\" }]\nformat = \"jsonl\"".to_owned()),
@@ -248,6 +251,39 @@ fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
         assert_eq!(reported.len(), cases.len());
         for (found, case) in reported.iter().zip(&cases) {
             assert_eq!(found["valid"], case.genuine, "{found}");
+        }
+    });
+}
+
+/// A library that others wrote takes them as CloudEvents, and finds the events in them.
+fn the_sdk_of_cloudevents_reads_what_is_sent() {
+    run(async {
+        let is_cloud = |c: &Case| c.headers["content-type"].contains("cloudevents");
+        let mut cases: Vec<Case> = sent().await.into_iter().filter(is_cloud).collect();
+        assert_eq!(cases.len(), 2, "the first attempt, and the second");
+        let first = cases[0].clone();
+        let text = String::from_utf8(first.body.clone()).expect("UTF-8");
+        for (what, by) in [("\"source\":\"/audit\",", ""), (".2\",\"source\"", ".1\",\"source\"")] {
+            assert!(text.contains(what));
+            cases.push(first.forged(what, |c| c.body = text.replace(what, by).into()));
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = write_cases(dir.path(), &cases);
+        let found = output(
+            Command::new("node")
+                .arg(repository().join("tests/verifiers/cloudevents.mjs"))
+                .arg(&file)
+                .env("VERIFIERS", verifiers()),
+        );
+        let found: Vec<Value> =
+            found.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        assert_eq!(found.len(), cases.len());
+        for (found, case) in found.iter().zip(&cases) {
+            assert_eq!(found["valid"], case.genuine, "{found}");
+            if case.genuine {
+                let types = [["activity_log.user.updated", "a.b", "a.b"]];
+                assert!(types.iter().any(|t| found["types"] == json!(t)), "{found}");
+            }
         }
     });
 }

@@ -49,18 +49,21 @@ impl Request {
     }
 
     pub(crate) fn events(&self) -> Vec<serde_json::Value> {
-        if self.header("content-type") == "application/jsonl" {
-            return serde_json::Deserializer::from_slice(&self.body)
-                .into_iter()
-                .map(|v| v.expect("a line"))
-                .collect();
-        }
-        let body: serde_json::Value = serde_json::from_slice(&self.body).expect("a JSON body");
-        match (&body, &body["events"]) {
-            (serde_json::Value::Array(events), _) => events.clone(),
-            (_, serde_json::Value::Array(events)) => events.clone(),
-            _ => vec![body],
-        }
+        use serde_json::Value;
+        // The objects of splunk_hec and the lines of jsonl follow each other without a comma.
+        let values = serde_json::Deserializer::from_slice(&self.body).into_iter::<Value>();
+        let values: Vec<Value> = values.map(|v| v.expect("a JSON body")).collect();
+        let values = match &values[..] {
+            [Value::Array(all)] => all.clone(),
+            [one] if one["events"].is_array() => one["events"].as_array().expect("one").clone(),
+            _ => values,
+        };
+        let event_of = |value: Value| match (&value["event"], &value["data"]) {
+            (hec @ Value::Object(_), _) => hec.clone(),
+            (_, data @ Value::Object(_)) if value["specversion"] == "1.0" => data.clone(),
+            _ => value,
+        };
+        values.into_iter().map(event_of).collect()
     }
 
     /// Verifies as a receiver does.

@@ -12,10 +12,14 @@ use crate::{
 };
 
 /// The fields of the form, with the keys of the document whose mistakes stand beside each.
-pub(super) const FIELDS: [(&str, &str); 9] = [
+pub(super) const FIELDS: [(&str, &str); 13] = [
     ("name", "name"),
     ("url", "url"),
     ("format", "format"),
+    ("content_type", "content_type"),
+    ("source", "source"),
+    ("sourcetype", "sourcetype"),
+    ("index", "index"),
     ("events", "events"),
     ("tenant", "tenant"),
     ("signature", "signatures"),
@@ -37,10 +41,13 @@ pub(super) const SIGNATURES: [(&str, &str, &[&str]); 3] = [
 /// The value of what the form has no choice for, and of what a preset sets: it is left alone.
 pub(super) const AS_IT_IS: &str = "as-it-is";
 
+/// The keys that go with some formats.
+pub(super) const OF_FORMATS: [&str; 4] = ["content_type", "source", "sourcetype", "index"];
+
 /// The document of a new webhook.
 pub(super) fn document(form: &Form) -> Document {
     let mut document = Document::default();
-    for key in ["name", "url", "format", "description"] {
+    for key in ["name", "url", "format", "description"].into_iter().chain(OF_FORMATS) {
         let typed = form.get(key).trim();
         if !typed.is_empty() {
             document.set(key, typed.into());
@@ -78,6 +85,9 @@ pub(super) fn patch(form: &Form) -> Document {
     if form.get("format") != AS_IT_IS {
         patch.set("format", or_null(form.get("format")));
     }
+    for key in OF_FORMATS {
+        patch.set(key, or_null(form.get(key).trim()));
+    }
     let patterns = patterns(form);
     patch.set("events", if patterns.is_empty() { Value::Null } else { patterns.into() });
     if let Some(schemes) = signatures(form) {
@@ -113,8 +123,9 @@ pub(super) fn filled(document: &Value, version: &str) -> Form {
             known.map_or(AS_IT_IS, |(value, ..)| *value)
         }
     };
-    Form::default()
-        .with("url", text("url"))
+    let of_formats = OF_FORMATS.into_iter();
+    let form = of_formats.fold(Form::default(), |form, key| form.with(key, text(key)));
+    form.with("url", text("url"))
         .with("format", format.to_owned())
         .with("events", events.join("\n"))
         .with("signature", signature.to_owned())

@@ -7,7 +7,7 @@ use maud::{Markup, html};
 
 use super::{
     NEW,
-    document::{AS_IT_IS, FIELDS, SIGNATURES, VERSION, of_form},
+    document::{AS_IT_IS, FIELDS, OF_FORMATS, SIGNATURES, VERSION, of_form},
     preview::Preview,
 };
 use crate::admin::{
@@ -24,11 +24,14 @@ use crate::admin::{
 };
 
 /// The formats, and what a body is in each; the first is the default.
-const FORMATS: [(&str, &str); 4] = [
+const FORMATS: [(&str, &str); 7] = [
     ("json", "JSON: {\"events\":[…]}"),
     ("jsonl", "JSON Lines: one event a line"),
     ("json_array", "JSON array: […]"),
     ("single", "Single: one event a request"),
+    ("splunk_hec", "Splunk HEC: {\"event\":…}{\"event\":…}"),
+    ("cloudevents_batch", "CloudEvents: a JSON batch"),
+    ("slack", "Slack: a line of text for each event"),
 ];
 
 /// The page with the form.
@@ -147,6 +150,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
             }
             (mistakes.beside("format"))
         }
+        (of_formats(form, mistakes))
         div.field {
             label for="events" { "Events" }
             textarea id="events" name="events" rows="3" spellcheck="false" placeholder="user.*" aria-invalid=[mistakes.is_wrong("events")] aria-describedby=[mistakes.described_by("events")] { "\n" (form.get("events")) }
@@ -177,6 +181,22 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
                 input id="start_paused" name="start_paused" type="checkbox" checked[chosen("start_paused", "on")];
                 label for="start_paused" { "Begin paused: events are kept from now on, and sent when it is resumed" }
             }
+        }
+    }
+}
+
+/// The fields that go with some formats alone.
+fn of_formats(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
+    let is_wanted = |field: &str| !form.get(field).is_empty() || mistakes.is_wrong(field).is_some();
+    let one =
+        |field, label, example, hint| line(form.get(field), mistakes, field, label, example, hint);
+    html! {
+        details.field open[OF_FORMATS.into_iter().any(is_wanted)] {
+            summary { "Settings of some formats" }
+            (one("content_type", "Content type", "application/x-ndjson", "Of JSON Lines and JSON array. Empty: the format's own."))
+            (one("source", "Source", "/audit", "Of CloudEvents, which need one: a URI of what the events come from. Of Splunk HEC: any text, or none."))
+            (one("sourcetype", "Source type", "audit", "Of Splunk HEC."))
+            (one("index", "Index", "main", "Of Splunk HEC."))
         }
     }
 }

@@ -1,0 +1,389 @@
+//! An entry: what stands for one event in a request body.
+//!
+//! Most formats have the event itself. Others put it beside what their receivers need, and `slack`
+//! has a line about it for people.
+
+use std::{
+    borrow::Cow,
+    time::{Duration, SystemTime},
+};
+
+use serde::de::Deserializer as _;
+use serde_json::value::RawValue;
+
+use super::{
+    details::{Details, Party},
+    fields::HeadFields,
+    key::string,
+    payload::Format,
+};
+use crate::clock;
+
+/// What a subscriber's configuration says beside each of its events.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Metadata {
+    /// Of `splunk_hec` and `cloudevents_batch`.
+    pub source: Option<String>,
+    /// Of `splunk_hec`.
+    pub sourcetype: Option<String>,
+    /// Of `splunk_hec`.
+    pub index: Option<String>,
+}
+
+/// What tells an event from all others: its producer's message id, or its place in a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity<'a> {
+    pub message_id: Option<&'a str>,
+    /// The id of the batch in which the event is sent first, of which later ones are halves.
+    pub batch_id: &'a str,
+    /// The event's place in that batch, from 1.
+    pub position: usize,
+}
+
+/// The longest id of a batch that is no half, and the longest place in it: an entry's length is
+/// known before both are.
+const LONGEST: Identity<'static> = Identity {
+    message_id: None,
+    batch_id: "msg_00000000000000000000000000000000",
+    position: 65_535,
+};
+
+/// The last second of a `time`: a larger number is one in milliseconds.
+const LAST_SECOND: f64 = 4_102_444_799.0;
+
+/// Put after an `@` that could begin a mention: without width, and no part of a name.
+const ZERO_WIDTH_SPACE: char = '\u{200b}';
+
+/// The request body of events, each with its producer's message id, in the batch with this id.
+pub fn body<'e>(
+    format: Format,
+    metadata: &Metadata,
+    batch_id: &str,
+    events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e str>)>,
+    bytes: usize,
+) -> Vec<u8> {
+    if is_event(format) {
+        return format.splice(events.map(|(event, _)| event), bytes);
+    }
+    let entries = events.enumerate().map(|(n, (event, message_id))| {
+        let identity = Identity { message_id, batch_id, position: n + 1 };
+        entry(format, metadata, event, identity)
+    });
+    let entries: Vec<Vec<u8>> = entries.collect();
+    format.splice(entries.iter().map(|e| &e[..]), entries.iter().map(Vec::len).sum())
+}
+
+/// An upper bound for the bytes of an event's entry in a batch that has no id yet. Exact unless the
+/// entry has its place in the batch.
+pub fn max_len(
+    format: Format,
+    metadata: &Metadata,
+    event: &[u8],
+    message_id: Option<&str>,
+) -> usize {
+    if is_event(format) {
+        return event.len();
+    }
+    entry(format, metadata, event, Identity { message_id, ..LONGEST }).len()
+}
+
+/// The event in an entry; `None` if there is none, as in a line for people.
+pub fn event_in(format: Format, entry: &[u8]) -> Option<&[u8]> {
+    #[derive(serde::Deserialize)]
+    struct Entry<'e> {
+        #[serde(borrow, alias = "data")]
+        event: &'e RawValue,
+    }
+    match format {
+        Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => Some(entry),
+        Format::SplunkHec | Format::CloudEventsBatch => {
+            let entry: Entry<'_> = serde_json::from_slice(entry).ok()?;
+            Some(entry.event.get().as_bytes())
+        }
+        Format::Slack => None,
+    }
+}
+
+/// Whether events with the same bytes can have entries that differ.
+pub const fn has_identity(format: Format) -> bool {
+    matches!(format, Format::CloudEventsBatch)
+}
+
+/// Whether an entry is the event itself.
+const fn is_event(format: Format) -> bool {
+    match format {
+        Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => true,
+        Format::SplunkHec | Format::CloudEventsBatch | Format::Slack => false,
+    }
+}
+
+fn entry(format: Format, metadata: &Metadata, event: &[u8], identity: Identity<'_>) -> Vec<u8> {
+    match format {
+        Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => event.to_vec(),
+        Format::SplunkHec => splunk_hec(metadata, event),
+        Format::CloudEventsBatch => cloud_event(metadata, event, identity),
+        Format::Slack => line(event),
+    }
+}
+
+fn splunk_hec(metadata: &Metadata, event: &[u8]) -> Vec<u8> {
+    let Metadata { source, sourcetype, index } = metadata;
+    let (_, timestamp) = head(event);
+    let mut object = Object::with_room_for(event);
+    if let Some(time) = timestamp.filter(|time| seconds(time.get()).is_some()) {
+        object.add("time", time.get());
+    }
+    for (name, text) in [("source", source), ("sourcetype", sourcetype), ("index", index)] {
+        if let Some(text) = text {
+            object.add_text(name, text);
+        }
+    }
+    object.end("event", event)
+}
+
+fn cloud_event(metadata: &Metadata, event: &[u8], identity: Identity<'_>) -> Vec<u8> {
+    let Identity { message_id, batch_id, position } = identity;
+    let (event_type, timestamp) = head(event);
+    let mut object = Object::with_room_for(event);
+    object.add("specversion", "\"1.0\"");
+    match message_id.filter(|id| !id.is_empty()) {
+        Some(id) => object.add_text("id", id),
+        None => object.add_text("id", &format!("{batch_id}.{position}")),
+    }
+    object.add_text("source", metadata.source.as_deref().unwrap_or_default());
+    object.add("type", event_type.map_or("\"\"", RawValue::get));
+    if let Some(time) = timestamp.and_then(|time| seconds(time.get())) {
+        object.add_text("time", &rfc3339(time));
+    }
+    object.end("data", event)
+}
+
+/// An object that is written field by field; the last one is the event.
+struct Object(Vec<u8>);
+
+impl Object {
+    fn with_room_for(event: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(event.len() + 256);
+        bytes.push(b'{');
+        Self(bytes)
+    }
+
+    fn add(&mut self, name: &str, json: &str) {
+        for part in ["\"", name, "\":", json, ","] {
+            self.0.extend_from_slice(part.as_bytes());
+        }
+    }
+
+    fn add_text(&mut self, name: &str, text: &str) {
+        self.add(name, &serde_json::Value::from(text).to_string());
+    }
+
+    fn end(mut self, name: &str, event: &[u8]) -> Vec<u8> {
+        for part in [b"\"", name.as_bytes(), b"\":", event, b"}"] {
+            self.0.extend_from_slice(part);
+        }
+        self.0
+    }
+}
+
+/// The last fields `event` and `timestamp` as they are written.
+fn head(event: &[u8]) -> (Option<&RawValue>, Option<&RawValue>) {
+    let Ok(text) = std::str::from_utf8(event) else { return (None, None) };
+    let mut json = serde_json::Deserializer::from_str(text);
+    json.deserialize_map(HeadFields).unwrap_or_default()
+}
+
+/// A number of Unix seconds that can be meant as one.
+fn seconds(json: &str) -> Option<f64> {
+    // Rust reads more than JSON's numbers, such as `inf`, but JSON's texts begin with a `"`.
+    let seconds: f64 = json.parse().ok()?;
+    (0.0..=LAST_SECOND).contains(&seconds).then_some(seconds)
+}
+
+fn rfc3339(seconds: f64) -> String {
+    let at = SystemTime::UNIX_EPOCH + Duration::from_secs_f64(seconds);
+    if seconds.fract() == 0.0 { clock::rfc3339_seconds(at) } else { clock::rfc3339(at) }
+}
+
+/// The line about an event, as the inside of a JSON string: who, what, on what, when.
+fn line(event: &[u8]) -> Vec<u8> {
+    let Details { timestamp, actor, resource, description } = Details::of(event);
+    let event_type = head(event).0.and_then(|raw| string(raw.get())?.ok());
+    let name = |party: &Party| party.name.clone().or_else(|| party.id.clone());
+    let mut line = name(&actor).map_or_else(String::new, |actor| format!("{actor}: "));
+    let mut what = [description.map(Cow::Owned), event_type].into_iter().flatten();
+    line.push_str(what.find(|text| !text.is_empty()).as_deref().unwrap_or("an event"));
+    if let Some(resource) = name(&resource) {
+        line.push_str(&format!(" [{resource}]"));
+    }
+    if let Some(time) = timestamp {
+        let text = seconds(&time).map_or_else(|| time.clone(), rfc3339);
+        line.push_str(&format!(" ({text})"));
+    }
+    let json = serde_json::Value::from(inert(&line)).to_string();
+    json.trim_start_matches('"').strip_suffix('"').unwrap_or_default().as_bytes().to_vec()
+}
+
+/// A stranger's text without effect in a chat: it is one line, links nothing, mentions nobody.
+fn inert(text: &str) -> String {
+    let mut inert = String::with_capacity(text.len() + 16);
+    let mut before = ' ';
+    for c in text.chars() {
+        match c {
+            '&' => inert.push_str("&amp;"),
+            '<' => inert.push_str("&lt;"),
+            '>' => inert.push_str("&gt;"),
+            '\u{2028}' | '\u{2029}' => inert.push(' '),
+            _ if c.is_control() => inert.push(' '),
+            '@' if !before.is_alphanumeric() => {
+                inert.push('@');
+                inert.push(ZERO_WIDTH_SPACE);
+            }
+            _ => inert.push(c),
+        }
+        before = c;
+    }
+    inert
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const ID: &str = "msg_0123456789abcdef0123456789abcdef";
+
+    fn metadata() -> Metadata {
+        let text = |text: &str| Some(text.to_owned());
+        Metadata { source: text("a \"b\""), sourcetype: text("audit"), index: text("main") }
+    }
+
+    fn text(format: Format, metadata: &Metadata, events: &[(&str, Option<&str>)]) -> String {
+        let all: Vec<_> = events.iter().map(|(event, id)| (event.as_bytes(), *id)).collect();
+        String::from_utf8(body(format, metadata, ID, all.into_iter(), 0)).expect("UTF-8")
+    }
+
+    #[test]
+    fn an_event_for_splunk_keeps_its_bytes_beside_its_time_and_what_is_configured() {
+        let hec = |event: &str| text(Format::SplunkHec, &Metadata::default(), &[(event, None)]);
+        let odd = "{ \"event\":\n\"a\", \"n\":1e400 }";
+        assert_eq!(hec(odd), format!("{{\"event\":{odd}}}"));
+        for (timestamp, is_time) in [
+            ("0", true),
+            ("1735830138", true),
+            ("1735830138.25", true),
+            ("1.7e9", true),
+            ("4102444799", true),
+            ("4102444800", false),
+            ("1735830138000", false),
+            ("-1", false),
+            ("1e400", false),
+            ("\"1735830138\"", false),
+            ("null", false),
+            ("[1]", false),
+        ] {
+            let event = format!("{{\"timestamp\":7,\"event\":\"a\",\"timestamp\":{timestamp}}}");
+            let time = if is_time { format!("\"time\":{timestamp},") } else { String::new() };
+            assert_eq!(hec(&event), format!("{{{time}\"event\":{event}}}"));
+        }
+        let all = text(Format::SplunkHec, &metadata(), &[("{\"event\":\"a\"}", None); 2]);
+        let one =
+            r#"{"source":"a \"b\"","sourcetype":"audit","index":"main","event":{"event":"a"}}"#;
+        assert_eq!(all, [one, one].concat());
+    }
+
+    #[test]
+    fn a_cloud_event_has_the_producers_id_or_its_place_in_the_first_batch() {
+        let events = [
+            (r#"{"event":"a\n","timestamp":1735830138}"#, Some("id \"1\"")),
+            (r#"{"event":"b","timestamp":1735830138.5}"#, None),
+            (r#"{"event":"c","timestamp":"now"}"#, Some("")),
+        ];
+        let text = text(Format::CloudEventsBatch, &metadata(), &events);
+        let batch: Value = serde_json::from_str(&text).expect("JSON");
+        let expected = |n: usize, id: &str, event_type: &str, time: Value| {
+            let data: Value = serde_json::from_str(events[n].0).expect("JSON");
+            let mut expected = json!({
+                "specversion": "1.0", "id": id, "source": "a \"b\"", "type": event_type, "time": time, "data": data,
+            });
+            if time.is_null() {
+                expected.as_object_mut().expect("an object").remove("time");
+            }
+            expected
+        };
+        assert_eq!(
+            batch,
+            json!([
+                expected(0, "id \"1\"", "a\n", "2025-01-02T15:02:18Z".into()),
+                expected(1, &format!("{ID}.2"), "b", "2025-01-02T15:02:18.500Z".into()),
+                expected(2, &format!("{ID}.3"), "c", Value::Null),
+            ])
+        );
+        assert!(text.contains(r#""type":"a\n""#) && text.contains(events[0].0));
+    }
+
+    #[test]
+    fn a_line_for_people_says_who_did_what_and_drives_nothing() {
+        let line = |event: &str| {
+            let text = text(Format::Slack, &Metadata::default(), &[(event, None)]);
+            let body: Value = serde_json::from_str(&text).expect("JSON");
+            body["text"].as_str().expect("a text").to_owned()
+        };
+        for (event, expected) in [
+            (
+                r#"{"event":"report.shared","actor":{"id":"7","name":"Ada"},"description":"shared a report","resource":{"id":"r/1"},"timestamp":1735830138}"#,
+                "Ada: shared a report [r/1] (2025-01-02T15:02:18Z)",
+            ),
+            (r#"{"event":"report.shared"}"#, "report.shared"),
+            (r#"{"event":"a","description":""}"#, "a"),
+            (r#"{"event":"","timestamp":"noon"}"#, "an event (noon)"),
+            (
+                r#"{"event":"a","actor":"<!channel>","description":"@here & @\u2028@all\n<https://e.example|x>"}"#,
+                "&lt;!channel&gt;: @\u{200b}here &amp; @\u{200b} @\u{200b}all &lt;https://e.example|x&gt;",
+            ),
+            (r#"{"event":"a","description":"ada@example.com"}"#, "ada@example.com"),
+            (r#"{"event":"a","description":"\"\"\"\\n"}"#, "\"\"\"\\n"),
+        ] {
+            assert_eq!(line(event), expected);
+        }
+        let two = [(r#"{"event":"a"}"#, None), (r#"{"event":"b"}"#, None)];
+        assert_eq!(text(Format::Slack, &Metadata::default(), &two), r#"{"text":"a\nb"}"#);
+    }
+
+    fn event() -> impl Strategy<Value = String> {
+        let timestamp = prop_oneof![Just(None), any::<u32>().prop_map(Some)];
+        ("\\PC{0,12}", "\\PC{0,12}", timestamp, any::<bool>()).prop_map(|(kind, s, t, pretty)| {
+            let value = json!({ "event": kind, "timestamp": t, "description": s, "data": [{ "event": s }] });
+            if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }
+                .expect("prints")
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_events_of_a_body_are_found_again_with_each_byte(
+            events in proptest::collection::vec((event(), proptest::option::of("\\PC{0,8}")), 1..8)
+        ) {
+            for format in Format::ALL {
+                let most = format.most_events().unwrap_or(events.len());
+                let events: Vec<(&[u8], Option<&str>)> =
+                    events.iter().take(most).map(|(event, id)| (event.as_bytes(), id.as_deref())).collect();
+                let body = body(format, &metadata(), ID, events.iter().copied(), 0);
+                let entries = format.entries(&body).expect("made by splice");
+                prop_assert_eq!(entries.len(), events.len());
+                prop_assert_eq!(format.first_entry(&body), entries.first().copied());
+                let bytes = events.iter().map(|(e, id)| max_len(format, &metadata(), e, *id)).sum();
+                prop_assert!(body.len() <= format.body_len(events.len(), bytes));
+                for (entry, (event, _)) in entries.into_iter().zip(events) {
+                    match (format, event_in(format, entry)) {
+                        (Format::Slack, found) => prop_assert_eq!(found, None),
+                        (Format::JsonLines, found) => prop_assert!(found.is_some()),
+                        (_, found) => prop_assert_eq!(found, Some(event)),
+                    }
+                }
+            }
+        }
+    }
+}
