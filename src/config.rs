@@ -31,7 +31,9 @@ pub use self::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
         IntakeConfig, LogConfig, PublicUrl, QueueConfig, Reach, Role, StoreConfig, Token,
     },
-    subscriber::{Auth, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, audience},
+    subscriber::{
+        Auth, Compression, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, audience,
+    },
 };
 use self::{document::Source, reader::Reader};
 use crate::{delivery::SubscriberName, wording::counted};

@@ -312,6 +312,9 @@ pub struct Lane {
     pub oldest_event_at: Option<Time>,
     pub oldest_event_age_s: Option<f64>,
     pub last_delivered_at: Option<Time>,
+    /// Requests are sent plain, because the receiver refused a compressed one.
+    #[serde(default)]
+    pub compression_refused: bool,
     pub last_error: Option<LastError>,
 }
 

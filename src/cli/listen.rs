@@ -28,7 +28,7 @@ use crate::{
         signature::{self, Unverified},
     },
     delivery::BatchId,
-    event::{Pattern, event_type},
+    event::{Pattern, event_type, inflate::gunzip},
     wording::counted,
 };
 
@@ -231,6 +231,10 @@ async fn receive(
 ) -> (StatusCode, HeaderMap) {
     let nth = listener.requests.fetch_add(1, Ordering::Relaxed);
     let args = &listener.args;
+    // Requests are signed before they are compressed. What does not inflate is shown as not readable.
+    let is_gzip = text(&headers, "content-encoding") == Some("gzip");
+    let inflated = if is_gzip { gunzip(&body, MAX_BODY).ok() } else { None };
+    let body = inflated.map_or(body, Bytes::from);
     let verified = listener.verify(&headers, &body);
     let events = events_of(&body, text(&headers, "content-type").unwrap_or_default());
     let refused = args.refused(events.as_deref().unwrap_or_default());

@@ -236,6 +236,7 @@ mod tests {
             ("http.connect_timeout", "\"3s\""),
             ("http.concurrency", "3"),
             ("http.success", "\"200\""),
+            ("http.compression", "\"gzip\""),
             ("http.allow_http", "true"),
             ("http.allow_private_addresses", "true"),
             ("http.allow_addresses", "[\"10.0.0.0/8\"]"),

@@ -465,6 +465,14 @@ pub(super) static HTTP: &[Key] = &[
         |s| word(s.http.success.name()),
     ),
     subscriber(
+        "http.compression",
+        "How request bodies are compressed, after they are signed; a receiver that answers 415 gets them plain until the next reload.",
+        Shape::Word(&["none", "gzip"]),
+        &[Requests],
+        differs!(http.compression),
+        |s| word(s.http.compression.name()),
+    ),
+    subscriber(
         "http.allow_http",
         "Whether plain http:// URLs are allowed.",
         Shape::Flag,
@@ -800,6 +808,11 @@ pub(super) static MANAGED_HTTP: &[Key] = &[
     ),
     read("http.connect_timeout", "The longest time to open a connection.", Shape::Text),
     read("http.concurrency", "The most requests in flight.", Shape::Whole(1, MAX_CONCURRENCY)),
+    read(
+        "http.compression",
+        "How request bodies are compressed, after they are signed.",
+        Shape::Word(&["none", "gzip"]),
+    ),
 ];
 
 pub(super) static AUTH: &[Key] = &[
@@ -918,6 +931,7 @@ mod tests {
             "tls",
             "event_ids",
             "http.success",
+            "http.compression",
             "http.proxy",
         ];
         assert_eq!(affecting(Requests), requests);
@@ -973,6 +987,7 @@ mod tests {
                     connect_timeout: _,
                     concurrency: _,
                     success: _,
+                    compression: _,
                     allow_http: _,
                     addresses: AddressPolicy { allow_private: _, allow: _ },
                     proxy: _,
@@ -992,7 +1007,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 17 of its own, 3, 8, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 17 + 3 + 8 + 7 + 3);
+        // 17 of its own, 3, 9, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 17 + 3 + 9 + 7 + 3);
     }
 }

@@ -62,6 +62,7 @@ pub struct HttpPolicy {
     /// The most requests in flight.
     pub concurrency: usize,
     pub success: Success,
+    pub compression: Compression,
     pub allow_http: bool,
     pub addresses: AddressPolicy,
     /// With a proxy, the proxy resolves names and decides which addresses are allowed.
@@ -83,11 +84,30 @@ impl Subscriber {
     /// requests, one may wait for a stream as long as those before it take, and its own timeout
     /// starts after that. Over HTTP/1.1 it waits only for a connection.
     pub fn longest_attempt(&self) -> Duration {
-        let HttpPolicy { timeout, connect_timeout, proxy, .. } = &self.http;
+        let HttpPolicy { timeout, connect_timeout, proxy, compression, .. } = &self.http;
         // HTTP/2 is negotiated in the TLS handshake only.
         let over_http_1 = self.url.expose().scheme() == "http" && proxy.is_none();
         let wait = if over_http_1 { *connect_timeout.min(timeout) } else { *timeout };
-        wait + *timeout + HttpPolicy::MARGIN
+        // A request that is refused because it is compressed is sent a second time.
+        let requests = if *compression == Compression::Gzip { 2 } else { 1 };
+        (wait + *timeout + HttpPolicy::MARGIN) * requests
+    }
+}
+
+/// The key `http.compression`: how request bodies are compressed. They are signed before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    None,
+    Gzip,
+}
+
+impl Compression {
+    /// The name in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Gzip => "gzip",
+        }
     }
 }
 

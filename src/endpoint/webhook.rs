@@ -2,6 +2,7 @@
 //! receivers.
 
 mod body;
+mod compression;
 mod connections;
 mod errors;
 mod resolver;
@@ -17,19 +18,21 @@ use percent_encoding::percent_decode_str;
 use reqwest::{
     Body, Url,
     header::{
-        AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT,
+        AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+        RETRY_AFTER, USER_AGENT,
     },
 };
 
 use self::{
     body::{Late, Outgoing, Progress},
+    compression::{Compressing, GZIP, compressed, is_about_coding},
     connections::Connections,
     errors::NotAnswered,
     resolver::Lookup,
 };
 use crate::{
     clock,
-    config::{Auth, HttpPolicy, Subscriber, changes::Differences, keys::Affects},
+    config::{Auth, Compression, HttpPolicy, Subscriber, changes::Differences, keys::Affects},
     crypto::{secret::Secret, signature::Signer, tls::SystemRoots},
     delivery::{BatchId, Failure, Outcome},
     event::payload::Format,
@@ -102,6 +105,7 @@ pub struct Webhook {
     signer: Signer,
     success: Success,
     timeout: Duration,
+    compressing: Option<Arc<Compressing>>,
     /// A literal address is not resolved, so the resolver cannot refuse it. The configuration refuses
     /// one that is not allowed; this is for subscribers from anywhere else.
     literal_blocked: Option<&'static str>,
@@ -153,7 +157,8 @@ impl Webhook {
         url.set_password(None).ok();
         let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
         let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
-        let HttpPolicy { timeout, success, .. } = subscriber.http;
+        let HttpPolicy { timeout, success, compression, .. } = subscriber.http;
+        let compressing = (compression == Compression::Gzip).then(Arc::default);
         let content_type = (subscriber.format, subscriber.content_type.clone());
         Ok(Self {
             connections,
@@ -163,6 +168,7 @@ impl Webhook {
             signer,
             success,
             timeout,
+            compressing,
             literal_blocked,
         })
     }
@@ -175,8 +181,20 @@ impl Webhook {
 
     async fn send_at(&self, request: Request, now: Instant) -> Outcome {
         match self.request(&request) {
-            Ok(headers) => self.judge(self.exchange(headers, request.body, now).await),
+            Ok(headers) => self.judge(self.attempt(headers, request.body, now).await),
             Err(failure) => retry(failure),
+        }
+    }
+
+    /// Whether its receiver took no compressed request.
+    pub fn refuses_compression(&self) -> bool {
+        self.compressing.as_ref().is_some_and(|compressing| compressing.is_refused())
+    }
+
+    /// The next request is compressed again, if that is configured.
+    pub fn compress_again(&self) {
+        if let Some(compressing) = &self.compressing {
+            compressing.set_refused(false);
         }
     }
 
@@ -189,7 +207,7 @@ impl Webhook {
             }
         };
         let sent = shown(&headers);
-        let result = self.exchange(headers, request.body, clock::instant()).await;
+        let result = self.attempt(headers, request.body, clock::instant()).await;
         let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
         TestAttempt { headers: sent, answer, outcome: self.judge(result) }
     }
@@ -205,6 +223,32 @@ impl Webhook {
             )));
         }
         self.headers(request, clock::now()).map_err(Failure::Internal)
+    }
+
+    /// Sends the request compressed, where that is configured and was not refused. One that is
+    /// refused for that is sent again as it is.
+    async fn attempt(
+        &self,
+        headers: HeaderMap,
+        body: Bytes,
+        now: Instant,
+    ) -> Result<Response, NotAnswered> {
+        let Some(compressing) = self.compressing.as_ref().filter(|c| !c.is_refused()) else {
+            return self.exchange(headers, body, now).await;
+        };
+        let internal = |why| NotAnswered::Failed(Failure::Internal(why));
+        let small = compressed(&body).await.map_err(internal)?;
+        let mut with_coding = headers.clone();
+        with_coding.insert(CONTENT_ENCODING, HeaderValue::from_static(GZIP));
+        let answer = self.exchange(with_coding, small, now).await?;
+        if !is_about_coding(answer.status) {
+            return Ok(answer);
+        }
+        let plain = self.exchange(headers, body, clock::instant()).await?;
+        if Answer::of(plain.status, self.success) == Answer::Accepted {
+            compressing.set_refused(true);
+        }
+        Ok(plain)
     }
 
     /// Sends a request and reads the answer. `http.timeout` applies once to getting a connection and

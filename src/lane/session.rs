@@ -338,6 +338,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 if let Some(started) = self.attempting.remove(&number) {
                     self.attempted(number, *in_flight, outcome, took, &started);
                 }
+                self.lane.report_compression();
                 self.lane.report_circuit();
             }
         }

@@ -65,6 +65,8 @@ pub(super) struct State<Q> {
     /// Retries that an operator requests. A request from before the circuit opened, or before a
     /// probe began, counts as seen.
     pub(super) retry_requests: watch::Receiver<u64>,
+    /// Whether it was reported that the receiver takes no compressed request.
+    plain: bool,
     /// The time in which the queue fails. A queue that can be opened may still fail: some open each
     /// time and fail at the first use.
     outage: Outage,
@@ -93,6 +95,7 @@ impl<Q: Queue> State<Q> {
             pause: None,
             resumed: None,
             retry_requests,
+            plain: false,
             outage: Outage::default(),
             reporter,
         }
@@ -223,6 +226,14 @@ impl<Q: Queue> State<Q> {
         };
         let hold_until = self.breaker.held_until().map(at);
         self.report(&LaneEvent::CircuitIs { circuit, hold_until });
+    }
+
+    /// Reports whether the receiver takes no compressed request, when that has changed.
+    pub(super) fn report_compression(&mut self) {
+        let refused = self.webhook.refuses_compression();
+        if std::mem::replace(&mut self.plain, refused) != refused {
+            self.report(&LaneEvent::Compression { refused });
+        }
     }
 
     /// The number of requests that may be in flight; `None` if the circuit allows none.

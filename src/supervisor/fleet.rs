@@ -350,6 +350,11 @@ impl<Q: Queue> Fleet<Q> {
                 }
             }
         }
+        for (name, lane) in &self.lanes {
+            if !plan.contains_key(name) {
+                lane.configured.borrow().webhook.compress_again();
+            }
+        }
         for (name, config) in plan {
             match self.lanes.get_mut(&name) {
                 Some(lane) if *lane.drain.borrow() => lane.again = Some(config),

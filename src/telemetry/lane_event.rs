@@ -69,6 +69,10 @@ pub enum LaneEvent<'a> {
         hold_until: Option<SystemTime>,
     },
     CircuitChanged(Change),
+    /// The receiver takes no compressed request, or is sent compressed ones again.
+    Compression {
+        refused: bool,
+    },
     /// An operator wants a retry although the circuit is open or the endpoint held.
     RetryRequested,
     /// It is still unknown whether the subscriber is paused.
@@ -212,6 +216,11 @@ impl LaneEvent<'_> {
             Self::AttemptEnded(ended) => ended.log(subscriber),
             Self::Unsent { why, .. } => resources::report(subscriber, why, crate::clock::instant()),
             Self::CircuitChanged(change) => log_circuit(subscriber, *change),
+            Self::Compression { refused: true } => tracing::warn!(
+                subscriber,
+                "its receiver answered 415 to a compressed request and accepted the same one plain: requests are sent plain until the next reload; \
+                 set http.compression = \"none\""
+            ),
             Self::RetryRequested => {
                 tracing::info!(subscriber, "an operator wants a retry now: one batch is tried")
             }
@@ -242,6 +251,7 @@ impl LaneEvent<'_> {
             | Self::Unsettled { .. }
             | Self::SessionEnded
             | Self::CircuitIs { .. }
+            | Self::Compression { refused: false }
             | Self::Paused { known: true, .. } => {}
         }
     }

@@ -343,6 +343,7 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
                 @if let Some(n) = lane.dead { dt { "Dead letters" } dd { a href=(path_to(Place::DeadLetters.path(), name)) { (number(n)) } } }
                 dt { "Delivered" } dd { (counted(lane.delivered, "event(s)")) " since the daemon started" @if let Some(at) = lane.last_delivered_at { ", last " (time(at)) } }
                 @if let (Some(p50), Some(p99)) = (lane.p50_s, lane.p99_s) { dt { "Answers take" } dd { (words::took(p50)) " (median), " (words::took(p99)) " (99 of 100)" } }
+                @if lane.compression_refused { dt { "Compression" } dd { "Refused: its receiver answered 415 to gzip. Requests are sent plain until the next reload." } }
                 @if let Some(error) = &lane.last_error { dt { "Last failure" } dd { (short(&words::failure(error))) ", " (time(error.at)) } }
             }
         }

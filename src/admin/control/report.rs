@@ -300,6 +300,7 @@ fn lane(view: View, depth: Option<Depth>, counted_per_subscriber: bool) -> Lane 
         oldest_event_at: view.oldest_event_at.map(Time),
         oldest_event_age_s: view.oldest_event_at.map(|at| seconds(Time(at).ago(now))),
         last_delivered_at: view.last_delivered_at.map(Time),
+        compression_refused: view.compression_refused,
         last_error,
         queue_error: match view.state {
             status::State::QueueFails(why) => Some(why),

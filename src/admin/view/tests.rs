@@ -49,6 +49,7 @@ fn lane() -> Lane {
         oldest_event_at: Some(time()),
         oldest_event_age_s: Some(0.5),
         last_delivered_at: Some(time()),
+        compression_refused: false,
         last_error: Some(LastError {
             at: time(),
             failure: "status".to_owned(),

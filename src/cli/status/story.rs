@@ -39,6 +39,9 @@ pub(super) fn story(s: &Subscriber, width: usize) -> String {
     let oldest = lane.oldest_event_at.map(|at| format!("an event that arrived {}", ago(at)));
     line("oldest", oldest.unwrap_or_default());
     line("delivered", delivered(lane));
+    let plain =
+        "its receiver refused a compressed request: requests are plain until the next reload";
+    line("gzip", if lane.compression_refused { plain.to_owned() } else { String::new() });
     let dead = lane.dead.filter(|n| *n > 0);
     let dead =
         dead.map(|n| format!("{}: hooktrail dead list {name}", counted(n, "dead letter(s)")));

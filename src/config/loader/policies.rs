@@ -13,7 +13,7 @@ use crate::{
         },
         reader::Reader,
         settings::Reach,
-        subscriber::HttpPolicy,
+        subscriber::{Compression, HttpPolicy},
     },
     crypto::secret::SecretUrl,
     event::payload::Format,
@@ -66,6 +66,10 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
     let concurrency = reader.integer_or(group.get("concurrency"), 1, 1..=MAX_CONCURRENCY);
     let success =
         reader.one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
+    let compression = reader.one_of(
+        group.get("compression"),
+        &[Compression::None, Compression::Gzip].map(|one| (one.name(), one)),
+    );
     let allow_http = reader.flag(group.get("allow_http"));
     let addresses = addresses(reader, group);
     let proxy = proxy(reader, group);
@@ -74,6 +78,7 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
         connect_timeout: connect_timeout?,
         concurrency: usize::try_from(concurrency?).ok()?,
         success: success?,
+        compression: compression?,
         allow_http: allow_http?,
         addresses: addresses?,
         proxy: proxy?,

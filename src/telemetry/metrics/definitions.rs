@@ -134,6 +134,11 @@ pub const ALL: &[Definition] = &[
     ),
     gauge("paused", SUBSCRIBER, "1 while the subscriber is paused, else 0"),
     gauge(
+        "compression_refused",
+        SUBSCRIBER,
+        "1 while requests are sent plain although http.compression is set, because the receiver answered 415 to a compressed one; else 0",
+    ),
+    gauge(
         "lane_up",
         SUBSCRIBER,
         "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",

@@ -29,6 +29,7 @@ pub struct SubscriberMetrics {
     in_flight: Share,
     circuit: BTreeMap<CircuitState, Share>,
     paused: Share,
+    plain: Share,
     up: Share,
     retries_waiting: Share,
     queues: [Share; 3],
@@ -52,6 +53,7 @@ pub(super) struct Series {
     in_flight: Float,
     circuit: BTreeMap<CircuitState, Float>,
     paused: Float,
+    plain: Float,
     up: Float,
     panics: Counter,
     retries_waiting: Float,
@@ -131,6 +133,7 @@ impl Series {
             in_flight: of_all.gauge("requests_in_flight", &of),
             circuit: CircuitState::ALL.map(state).into(),
             paused: of_all.gauge("paused", &of),
+            plain: of_all.gauge("compression_refused", &of),
             up: of_all.gauge("lane_up", &of),
             panics: of_all.counter("lane_panics", &of),
             retries_waiting: of_all.gauge("retries_waiting", &of),
@@ -147,6 +150,7 @@ impl SubscriberMetrics {
             in_flight: Share::of(&series.in_flight),
             circuit: circuit.collect(),
             paused: Share::of(&series.paused),
+            plain: Share::of(&series.plain),
             up: Share::of(&series.up),
             retries_waiting: Share::of(&series.retries_waiting),
             queues: series.queues.each_ref().map(Share::of),
@@ -188,6 +192,7 @@ impl SubscriberMetrics {
             | LaneEvent::SessionEnded
             | LaneEvent::CircuitIs { .. }
             | LaneEvent::CircuitChanged(_)
+            | LaneEvent::Compression { .. }
             | LaneEvent::RetryRequested
             | LaneEvent::PauseStateLate
             | LaneEvent::Paused { .. }
@@ -243,6 +248,10 @@ impl SubscriberMetrics {
 
     pub(in crate::telemetry) fn set_paused(&self, paused: bool) {
         self.paused.set(f64::from(paused));
+    }
+
+    pub(in crate::telemetry) fn set_compression_refused(&self, refused: bool) {
+        self.plain.set(f64::from(refused));
     }
 
     pub(in crate::telemetry) fn set_up(&self, up: bool) {

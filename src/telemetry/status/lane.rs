@@ -169,6 +169,7 @@ struct LaneStatus {
     circuit: Circuit,
     circuit_opened_at: Option<SystemTime>,
     hold_until: Option<SystemTime>,
+    compression_refused: bool,
     /// Why the lane cannot use its queue.
     queue_error: Option<String>,
     unsettled: u64,
@@ -239,6 +240,10 @@ impl LaneStatus {
             LaneEvent::CircuitIs { circuit, hold_until } => {
                 self.hold_until = *hold_until;
                 self.set_circuit(*circuit, metrics, now.time);
+            }
+            LaneEvent::Compression { refused } => {
+                metrics.set_compression_refused(*refused);
+                self.compression_refused = *refused;
             }
             LaneEvent::Paused { pause, .. } => {
                 metrics.set_paused(true);
@@ -396,6 +401,7 @@ impl LaneStatus {
             p99: percentile(&durations, 99),
             oldest_event_at: self.oldest(),
             last_delivered_at: self.last_delivered_at,
+            compression_refused: self.compression_refused,
             last_error: self.last_error.clone(),
         }
     }

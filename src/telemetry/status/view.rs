@@ -36,6 +36,8 @@ pub struct View {
     pub p99: Option<Duration>,
     pub oldest_event_at: Option<SystemTime>,
     pub last_delivered_at: Option<SystemTime>,
+    /// Requests are sent plain, because the receiver refused a compressed one.
+    pub compression_refused: bool,
     pub last_error: Option<LastError>,
 }
 

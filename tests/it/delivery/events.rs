@@ -8,7 +8,7 @@ use std::{
 use serde_json::json;
 
 use crate::support::{
-    broker::Broker,
+    broker::{Broker, kill},
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
@@ -20,6 +20,7 @@ on_both_queues!(
     every_event_arrives_once_in_order_signed_and_byte_for_byte,
     batches_keep_to_their_number_size_and_time,
     formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_and_replays,
+    compressed_requests_are_signed_before_and_are_plain_for_who_refuses_them_until_a_reload,
     each_subscriber_gets_the_events_that_its_patterns_match,
     a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early,
     retries_go_before_the_backlog,
@@ -176,6 +177,69 @@ async fn formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_an
         let is_one = |r: &Request| r.events().len() == 1;
         assert_eq!(receiver.requests().iter().all(is_one), *format == "single");
     }
+}
+
+async fn compressed_requests_are_signed_before_and_are_plain_for_who_refuses_them_until_a_reload(
+    queue: Queue,
+) {
+    const GZIP: &str = "http = { compression = \"gzip\" }\nbatch = { max_events = 100 }";
+    let takes = Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
+    let refuse = |request: &Request, _: usize| {
+        status(if request.headers.contains_key("content-encoding") { 415 } else { 200 })
+    };
+    let refuses = Receiver::start(refuse).await;
+    // It answers 415 to everything: that is not about the compression.
+    let neither = Receiver::start(|_, n| status(if n < 2 { 415 } else { 200 })).await;
+    let text = QUICK.to_owned()
+        + &subscriber("takes", &takes.url, GZIP)
+        + &subscriber("refuses", &refuses.url, GZIP)
+        + &subscriber("neither", &neither.url, GZIP);
+    let setup = Setup::new(&queue, &text);
+    let daemon = setup.start().await;
+    let is_gzip = |request: &Request| {
+        request.headers.get("content-encoding").is_some_and(|coding| coding == "gzip")
+    };
+    queue.publish(TYPE, (0..300).map(event)).await;
+    for receiver in [&takes, &refuses, &neither] {
+        receiver.wait_all(300).await;
+    }
+    let requests = takes.requests();
+    assert!(requests.iter().all(|r| is_gzip(r) && r.verified()), "signed before, inflated first");
+    let again = requests[1..].iter().find(|r| r.id() == requests[0].id()).expect("a retry");
+    assert_eq!((&again.body, again.attempt()), (&requests[0].body, 2));
+    let length = |r: &Request| r.header("content-length").parse::<usize>().expect("a number");
+    assert!(length(&requests[0]) * 4 < requests[0].body.len(), "events repeat themselves");
+
+    // One attempt: the second request has the same id, number and bytes.
+    let requests = refuses.requests();
+    assert!(is_gzip(&requests[0]) && requests[1..].iter().all(|r| !is_gzip(r) && r.verified()));
+    assert_eq!(requests[0].id(), requests[1].id());
+    assert_eq!((requests[1].attempt(), &requests[1].body), (1, &requests[0].body));
+    let requests = neither.requests();
+    assert_eq!((is_gzip(&requests[0]), is_gzip(&requests[1])), (true, false));
+    assert_eq!((requests[1].status, requests[1].attempt()), (415, 1));
+    let again = requests[2..].iter().find(|r| r.id() == requests[0].id()).expect("a retry");
+    assert_eq!((again.attempt(), is_gzip(again)), (2, true));
+    let refused = |name: &str| {
+        let text = setup.ok(&["status", name]);
+        text.contains("its receiver refused a compressed request")
+    };
+    eventually("the status says so", async || refused("refuses")).await;
+    assert!(!refused("takes") && !refused("neither"));
+    assert_eq!(
+        daemon.log().matches("its receiver answered 415 to a compressed request").count(),
+        1
+    );
+
+    // After a reload it is tried again.
+    refuses.now(|_, _| status(200));
+    let before = refuses.count();
+    kill("-HUP", daemon.pid());
+    daemon.wait_log("because=\"SIGHUP\"").await;
+    queue.publish(TYPE, (300..301).map(event)).await;
+    refuses.wait_all(301).await;
+    assert!(is_gzip(&refuses.requests()[before]));
+    eventually("the status forgets it", async || !refused("refuses")).await;
 }
 
 async fn batches_keep_to_their_number_size_and_time(queue: Queue) {

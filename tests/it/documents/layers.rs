@@ -319,7 +319,7 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", &["src/config"]),
         ("backoff::", &["src/policy/retry.rs"]),
         ("clap::", &["src/cli"]),
-        ("flate2", &["src/event/inflate.rs"]),
+        ("flate2", &["src/event/inflate.rs", "src/endpoint/webhook/compression.rs"]),
         ("sd_notify::", &["src/supervisor/systemd.rs"]),
         ("prometheus_client", &["src/telemetry/metrics"]),
     ] {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    io::Read as _,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
@@ -22,6 +23,7 @@ use super::{daemon::SECRET, eventually};
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     pub(crate) headers: HeaderMap,
+    /// Inflated, if it came compressed.
     pub(crate) body: Bytes,
     pub(crate) at: SystemTime,
     /// The answer.
@@ -214,6 +216,13 @@ async fn receive(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response<Body> {
+    let body = if headers.get("content-encoding").is_some_and(|coding| coding == "gzip") {
+        let mut inflated = Vec::new();
+        flate2::read::GzDecoder::new(&body[..]).read_to_end(&mut inflated).expect("gzip");
+        inflated.into()
+    } else {
+        body
+    };
     let mut request = Request { headers, body, at: SystemTime::now(), status: 0, peer };
     let script = shared.script.lock().expect("not poisoned").clone();
     let answer = {
