@@ -2,12 +2,14 @@
 
 pub mod changes;
 mod document;
+pub mod fitting;
 mod include;
 pub mod keys;
 mod limits;
 mod listing;
 mod loader;
 pub mod managed;
+pub mod model;
 mod optional;
 mod reader;
 mod schema;

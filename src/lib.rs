@@ -47,11 +47,11 @@
 //! policy/                   decisions without I/O
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
-//!              · limits · subscriber · settings · keys · spelling · variables · document · reader
+//!              · limits · model · subscriber · fitting · settings · keys · spelling · variables · document · reader
 //!              · optional · include · loader · listing · managed · changes · schema · config
 //!              keys/ · key · show
 //!              managed/ · body
-//!              loader/ · files · preset · origins · queue · tokens · signing · policies · daemon
+//!              loader/ · files · origins · queue · tokens · signing · policies · daemon
 //!              · endpoint · start_from · tenant · format
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log

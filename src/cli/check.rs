@@ -16,7 +16,10 @@ use super::{
 };
 use crate::{
     clock,
-    config::{self, Backend, Config, ConfigError, StoreConfig, Subscriber, Token},
+    config::{
+        self, Backend, Config, ConfigError, StoreConfig, Subscriber, Token,
+        fitting::{Misfit, misfits, model_of},
+    },
     endpoint::inspect,
     queue::{
         Queue,
@@ -74,6 +77,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     let chosen = chosen(&config, &args.subscribers)?;
     let mut findings = if args.connect { inspected(&config, &chosen).await } else { Vec::new() };
     findings.splice(0..0, yet_to_come(&chosen, clock::now()));
+    findings.splice(0..0, receivers(&chosen));
     findings.extend(left(&config).await);
     findings.splice(0..0, short_tokens(&config));
     let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
@@ -131,6 +135,23 @@ async fn inspected(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
     }
     findings.extend(endpoints);
     summarized(findings)
+}
+
+/// Where subscribers do not fit their receivers.
+fn receivers(chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let of = |s: &Arc<Subscriber>| {
+        let about = format!("subscriber {}", s.name);
+        let note = s.preset.and_then(|model| model.note).map(|note| {
+            Finding::note(&about, format!("sends to {}: {note}", s.preset.map_or("", |m| m.title)))
+        });
+        let source = model_of(s).map_or("", |model| model.documentation);
+        let warning = |misfit: Misfit| {
+            let risk = format!("it can be that nothing is delivered; see {source}");
+            Finding::warning(&about, misfit.found).risking(risk).with_remedy(misfit.remedy)
+        };
+        misfits(s).into_iter().map(warning).chain(note).collect::<Vec<_>>()
+    };
+    chosen.iter().flat_map(of).collect()
 }
 
 /// What begins in the future. To load it is no mistake: the clock of a machine that starts may be

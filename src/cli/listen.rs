@@ -1,5 +1,7 @@
 //! `listen`: a receiver for trying things out.
 
+mod emulator;
+
 use std::{
     collections::{BTreeMap, HashSet},
     fmt,
@@ -20,9 +22,11 @@ use axum::{
 use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
+use self::emulator::{Given, Verdict};
 use super::{failed::Failed, text::visible};
 use crate::{
     clock,
+    config::model::{Model, Refusal},
     crypto::{
         secret::Secret,
         signature::{self, Unverified},
@@ -47,7 +51,11 @@ pub(super) struct Args {
     /// rotation. Without one nothing is verified. An unverified request is answered 401
     #[arg(long, env = "HOOKTRAIL_LISTEN_SECRET", hide_env_values = true, value_name = "SECRET")]
     secret: Vec<String>,
-    /// The status of each answer
+    /// Be this receiver: refuse what it would refuse, and answer as it does. With --secret the keys,
+    /// tokens and signatures of requests must be right
+    #[arg(long = "as", value_name = "RECEIVER", value_parser = parse_model)]
+    model: Option<&'static Model>,
+    /// The status of each answer; a receiver of --as has its own
     #[arg(long, default_value_t = 200, value_name = "CODE", value_parser = clap::value_parser!(u16).range(200..=599))]
     status: u16,
     /// Answer 503 to the first N requests
@@ -85,6 +93,13 @@ fn parse_addr(text: &str) -> Result<String, &'static str> {
         .and_then(|(_, port)| port.parse::<u16>().ok());
     port.map(|_| text.to_owned())
         .ok_or("write a host and a port from 0 to 65535, such as 127.0.0.1:9000 or [::1]:9000")
+}
+
+fn parse_model(name: &str) -> Result<&'static Model, String> {
+    Model::named(name).ok_or_else(|| {
+        let names: Vec<&str> = Model::ALL.into_iter().map(|model| model.name).collect();
+        format!("write one of {}", names.join(", "))
+    })
 }
 
 fn parse_share(text: &str) -> Result<f64, &'static str> {
@@ -145,14 +160,26 @@ impl fmt::Display for Totals {
 }
 
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
-    let secrets = args.secret.iter().map(|s| read_secret(s)).collect::<Result<Vec<_>, _>>()?;
+    let any_text = args.model.is_some();
+    let secrets =
+        args.secret.iter().map(|s| read_secret(s, any_text)).collect::<Result<Vec<_>, _>>()?;
     let socket = TcpListener::bind(&args.addr).await.map_err(|e| {
         Failed::Runtime(format!("cannot listen on {}: {e}; choose another with --addr HOST:PORT, port 0 takes a free one", args.addr))
     })?;
     eprintln!(
         "listening on http://{}/{}",
         socket.local_addr()?,
-        if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" }
+        match (&args.model, secrets.is_empty()) {
+            (Some(model), no_keys) => format!(
+                ", as {} ({}, read on {}){}",
+                model.title,
+                model.documentation,
+                model.read,
+                if no_keys { "; any key is right (no --secret)" } else { "" }
+            ),
+            (None, true) => ", verifying nothing (no --secret)".to_owned(),
+            (None, false) => String::new(),
+        }
     );
     let listener = Arc::new(Listener {
         args,
@@ -189,7 +216,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
     }
 }
 
-fn read_secret(given: &str) -> Result<Secret, Failed> {
+/// `any_text`: a key of a receiver of `--as`, which is no signing secret.
+fn read_secret(given: &str, any_text: bool) -> Result<Secret, Failed> {
     let (secret, whence) = match given.strip_prefix("file:") {
         None => (given.to_owned(), "--secret".to_owned()),
         Some(path) => {
@@ -212,6 +240,7 @@ fn read_secret(given: &str) -> Result<Secret, Failed> {
     }
     let secret = Secret::new(secret);
     match signature::standard_key(&secret) {
+        _ if any_text => Ok(secret),
         Err(why) if secret.expose().starts_with("whsec_") => bad(why),
         // The signature `mailtrap` takes any text.
         Err(_) => {
@@ -228,35 +257,47 @@ async fn receive(
     State(listener): State<Arc<Listener>>,
     headers: HeaderMap,
     body: Bytes,
-) -> (StatusCode, HeaderMap) {
+) -> (StatusCode, HeaderMap, &'static str) {
     let nth = listener.requests.fetch_add(1, Ordering::Relaxed);
     let args = &listener.args;
     // Requests are signed before they are compressed. What does not inflate is shown as not readable.
     let is_gzip = text(&headers, "content-encoding") == Some("gzip");
     let inflated = if is_gzip { gunzip(&body, MAX_BODY).ok() } else { None };
+    let verdict = args.model.map(|model| {
+        let given = Given { headers: &headers, raw: &body, body: inflated.as_deref() };
+        emulator::judge(model, &given, &listener.secrets, clock::now())
+    });
     let body = inflated.map_or(body, Bytes::from);
-    let verified = listener.verify(&headers, &body);
+    let verified = match verdict {
+        Some(_) => None,
+        None => listener.verify(&headers, &body),
+    };
     let events = events_of(&body, text(&headers, "content-type").unwrap_or_default());
     let refused = args.refused(events.as_deref().unwrap_or_default());
     tokio::time::sleep(args.delay).await;
-    let status = if nth < args.fail_first || clock::random() < args.fail_rate {
-        503
+    let (status, answer) = if nth < args.fail_first || clock::random() < args.fail_rate {
+        (503, "")
     } else if matches!(verified, Some(Err(_))) {
-        401
-    } else if refused.is_empty() {
-        args.status
+        (401, "")
+    } else if !refused.is_empty() {
+        (422, "")
+    } else if let Some(verdict) = verdict.filter(|_| args.status == 200) {
+        (verdict.status, verdict.body)
     } else {
-        422
+        (args.status, "")
     };
-    listener.show(&headers, body.len(), &Seen { verified, events, refused, status });
+    let as_model = args.model.zip(verdict);
+    listener.show(&headers, body.len(), &Seen { verified, as_model, events, refused, status });
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    (status, args.answer_headers(status))
+    (status, args.answer_headers(status), answer)
 }
 
 /// A request and its answer.
 struct Seen {
     /// `None` without a secret.
     verified: Option<Result<&'static str, Unverified>>,
+    /// What a receiver of `--as` makes of it.
+    as_model: Option<(&'static Model, Verdict)>,
     events: Result<Vec<Box<RawValue>>, String>,
     /// The types of the refused events, by their places.
     refused: BTreeMap<usize, String>,
@@ -304,7 +345,7 @@ impl Listener {
     }
 
     fn show(&self, headers: &HeaderMap, bytes: usize, seen: &Seen) {
-        let Seen { verified, events, refused, status } = seen;
+        let Seen { verified, as_model, events, refused, status } = seen;
         let id = text(headers, "webhook-id");
         let attempt = text(headers, "x-hooktrail-attempt");
         let repeat = id.is_some_and(|id| !self.remember(id));
@@ -321,6 +362,10 @@ impl Listener {
                 attempt: attempt.and_then(|a| a.parse().ok()),
                 repeat,
                 verified: verified.map(|v| v.is_ok()),
+                refused_because: as_model
+                    .and_then(|(_, verdict)| verdict.refusal)
+                    .map(Refusal::name),
+                dropped: as_model.map_or(0, |(_, verdict)| verdict.dropped),
                 unverified_because: verified.and_then(|v| v.err().map(|e| e.to_string())),
                 status: *status,
                 refused: refused.values().collect(),
@@ -333,10 +378,11 @@ impl Listener {
             println!("{line}");
             return;
         }
-        let verified = match verified {
-            None => "not verified (no secret)".to_owned(),
-            Some(Ok(scheme)) => format!("verified ({scheme})"),
-            Some(Err(why)) => format!("NOT VERIFIED: {why}"),
+        let verified = match (verified, as_model) {
+            (_, Some((model, verdict))) => verdict.words(model),
+            (None, None) => "not verified (no secret)".to_owned(),
+            (Some(Ok(scheme)), None) => format!("verified ({scheme})"),
+            (Some(Err(why)), None) => format!("NOT VERIFIED: {why}"),
         };
         let part = if id.is_some_and(|id| BatchId::from(id).is_half()) {
             ", a part of a batch that was halved"
@@ -409,12 +455,22 @@ struct Line<'a> {
     /// Absent without a secret.
     verified: Option<bool>,
     unverified_because: Option<String>,
+    /// Why a receiver of `--as` does not take it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused_because: Option<&'static str>,
+    /// Events that a receiver of `--as` drops although it has accepted them: they are too old.
+    #[serde(skip_serializing_if = "is_zero")]
+    dropped: usize,
     status: u16,
     /// The types of the events that were refused.
     refused: Vec<&'a String>,
     bytes: usize,
     error: Option<&'a String>,
     events: Option<&'a Vec<Box<RawValue>>>,
+}
+
+const fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// The events of a body in any format, each with its exact bytes; of `slack` the lines.
@@ -532,16 +588,19 @@ mod tests {
         let named = format!("file:{}", file.path().display());
         for end in ["", "\n", "\r\n"] {
             std::fs::write(file.path(), format!("{good}{end}")).expect("writes");
-            assert_eq!(read_secret(&named).unwrap_or_else(|e| panic!("{e:?}")).expose(), good);
+            assert_eq!(
+                read_secret(&named, false).unwrap_or_else(|e| panic!("{e:?}")).expose(),
+                good
+            );
         }
         assert_eq!(
-            read_secret("any text").unwrap_or_else(|e| panic!("{e:?}")).expose(),
+            read_secret("any text", false).unwrap_or_else(|e| panic!("{e:?}")).expose(),
             "any text",
             "of `mailtrap`"
         );
         std::fs::write(file.path(), "\n").expect("writes");
         for bad in ["", " ", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64", &named] {
-            let Err(Failed::Usage(why)) = read_secret(bad) else { panic!("{bad} is taken") };
+            let Err(Failed::Usage(why)) = read_secret(bad, false) else { panic!("{bad} is taken") };
             assert!(
                 why.contains("--secret") && (bad.len() < 7 || !why.contains(bad) || bad == named),
                 "{why}"

@@ -592,6 +592,17 @@ pub(super) static BREAKER: &[Key] = &[
     ),
 ];
 
+static PRESETS: &[&str] = &[
+    "mailtrap",
+    "elastic",
+    "datadog",
+    "splunk-hec",
+    "sentinel",
+    "google-secops",
+    "eventbridge",
+    "slack",
+];
+
 static FORMATS: &[&str] =
     &["json", "jsonl", "json_array", "single", "splunk_hec", "cloudevents_batch", "slack"];
 
@@ -755,10 +766,13 @@ pub static SUBSCRIBER: &[Key] = &[
         differs!(start_from),
         |s| word(&s.start_from?.to_string()),
     ),
-    read(
+    subscriber(
         "preset",
-        "The settings for a known receiver; the subscriber's own keys win over them.",
-        Shape::Word(&["mailtrap"]),
+        "The receiver: what it implies is set, and the subscriber's own keys win over that.",
+        Shape::Word(PRESETS),
+        &[Decisions],
+        differs!(preset.map(|model| model.name)),
+        |s| word(s.preset?.name),
     ),
     read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
     read("http", "Overrides [http], key by key.", Shape::Table(HTTP)),
@@ -791,7 +805,7 @@ pub(super) static MANAGED: &[Key] = &[
     read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
     read("headers", "Headers of each request.", Shape::Map(&Shape::Text)),
     read("auth", "The authentication of requests.", Shape::Table(AUTH)),
-    read("preset", "The settings for a known receiver.", Shape::Word(&["mailtrap"])),
+    read("preset", "The receiver, as of [[subscriber]].", Shape::Word(PRESETS)),
     read("start_paused", "Whether it is paused when it is made.", Shape::Flag),
     read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
     read("http", "Overrides [http], key by key.", Shape::Table(MANAGED_HTTP)),
@@ -972,6 +986,7 @@ mod tests {
             url: _,
             events: _,
             tenant: _,
+            preset: _,
             format: _,
             content_type: _,
             metadata: Metadata { source: _, sourcetype: _, index: _ },
@@ -1007,7 +1022,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 17 of its own, 3, 9, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 17 + 3 + 9 + 7 + 3);
+        // 18 of its own, 3, 9, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 18 + 3 + 9 + 7 + 3);
     }
 }

@@ -7,7 +7,6 @@ mod files;
 mod format;
 mod origins;
 mod policies;
-mod preset;
 mod queue;
 mod signing;
 mod start_from;
@@ -16,7 +15,8 @@ mod tokens;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use self::preset::MAILTRAP;
+use toml::{Spanned, de::DeTable};
+
 pub(super) use self::{
     daemon::{admin, log},
     origins::origins,
@@ -26,6 +26,7 @@ use super::{
     document::{Layers, Section, Source, Value},
     keys::{self, Key},
     limits::MAX_SHUTDOWN_TIMEOUT,
+    model::Model,
     reader::Reader,
     settings::{Backend, Config, Groups, HistoryConfig, StoreConfig},
     subscriber::{Origin, Subscriber},
@@ -44,17 +45,33 @@ pub(super) struct Defaults<'d> {
     pub(super) own_http: &'static [Key],
     pub(super) retry: Option<Section<'d>>,
     pub(super) circuit_breaker: Option<Section<'d>>,
-    /// The only preset.
-    pub(super) mailtrap: Section<'d>,
+    /// What each preset sets.
+    pub(super) presets: Vec<(&'static Model, Section<'d>)>,
     /// Why nothing of history can be sent to new subscribers, with the remedy.
     pub(super) no_replay: Option<&'static str>,
     pub(super) tenants: Tenants,
 }
 
-/// The source of the only preset.
-pub(super) fn preset() -> Source {
-    let path = PathBuf::from("preset \"mailtrap\"");
-    Source::file(path, MAILTRAP.to_owned())
+/// The sources of the presets.
+pub(super) fn presets() -> Vec<(&'static Model, Source)> {
+    let source = |model: &'static Model| {
+        let path = PathBuf::from(format!("preset \"{}\"", model.name));
+        (model, Source::file(path, model.preset.to_owned()))
+    };
+    Model::ALL.into_iter().map(source).collect()
+}
+
+/// What each preset sets, of its parsed source.
+pub(super) fn sections<'d>(
+    reader: &Reader<'_>,
+    presets: &'d [(&'static Model, Source)],
+    documents: &'d [Spanned<DeTable<'d>>],
+) -> Vec<(&'static Model, Section<'d>)> {
+    let both = presets.iter().zip(documents);
+    let section = |((model, source), document): (&'d (&'static Model, Source), _)| {
+        (*model, reader.root(source, document, keys::SUBSCRIBER))
+    };
+    both.map(section).collect()
 }
 
 pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
@@ -69,10 +86,10 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let metrics = daemon::metrics(reader, &root);
     let log = daemon::log(reader, &root);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
-    let preset = preset();
-    let preset_document = reader.parse(&preset);
+    let presets = presets();
+    let documents: Vec<_> = presets.iter().map(|(_, source)| reader.parse(source)).collect();
     let defaults = Defaults {
-        mailtrap: reader.root(&preset, &preset_document, keys::SUBSCRIBER),
+        presets: sections(reader, &presets, &documents),
         batch: group("batch", keys::BATCH),
         http: group("http", keys::HTTP),
         own_http: keys::HTTP,
@@ -199,9 +216,11 @@ pub(super) fn of_section<'d>(
     names: &mut HashMap<SubscriberName, String>,
 ) -> Option<Subscriber> {
     let name = endpoint::name(reader, section, names);
-    let preset = section
-        .get("preset")
-        .and_then(|v| reader.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
+    let preset = section.get("preset").and_then(|v| {
+        let known: Vec<_> = defaults.presets.iter().map(|one| (one.0.name, one)).collect();
+        reader.one_of(Some(v), &known)
+    });
+    let (model, preset) = (preset.map(|(model, _)| *model), preset.map(|(_, keys)| keys));
     let layer = |s: &Section<'d>, key, keys| s.get(key).and_then(|v| reader.section(&v, keys));
     let group = |key, keys, base: &Option<Section<'d>>| Layers {
         own: layer(section, key, keys),
@@ -261,6 +280,7 @@ pub(super) fn of_section<'d>(
         url: url?,
         events: events?,
         tenant: tenant?,
+        preset: model,
         format,
         content_type,
         metadata,

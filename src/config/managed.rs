@@ -51,15 +51,15 @@ fn check_with(
     let root = reader.root(&groups, &parsed, keys::ROOT);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
     let http = http_defaults(&reader, &root);
-    let preset = loader::preset();
-    let preset_document = reader.parse(&preset);
+    let presets = loader::presets();
+    let documents_of: Vec<_> = presets.iter().map(|(_, source)| reader.parse(source)).collect();
     let defaults = Defaults {
         batch: group("batch", keys::BATCH),
         http: Some(Section { source: &groups, path: "http".to_owned(), span: 0..0, table: &http }),
         own_http: keys::MANAGED_HTTP,
         retry: group("retry", keys::RETRY),
         circuit_breaker: group("circuit_breaker", keys::BREAKER),
-        mailtrap: reader.root(&preset, &preset_document, keys::SUBSCRIBER),
+        presets: loader::sections(&reader, &presets, &documents_of),
         // They have no `start_from`.
         no_replay: None,
         tenants: Tenants::of(Some(&config.queue)),

@@ -10,6 +10,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use http::{HeaderName, HeaderValue};
 
+use super::model::Model;
 use crate::{
     clock,
     crypto::{
@@ -176,6 +177,8 @@ pub struct Subscriber {
     pub events: Vec<Pattern>,
     /// The tenant whose events it gets; `None`: those of all.
     pub tenant: Option<Tenant>,
+    /// The model of its receiver, as the key `preset` names it.
+    pub preset: Option<&'static Model>,
     pub format: Format,
     /// The `content-type` of requests in this format, if it is not the format's own.
     pub content_type: Option<HeaderValue>,

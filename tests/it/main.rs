@@ -85,6 +85,7 @@ mod queues {
 mod receivers {
     mod endpoints;
     mod examples;
+    mod presets;
     mod trying;
     pub(crate) mod verifiers;
 }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use super::{files, preset::MAILTRAP};
+use super::files;
 use crate::config::{
     document::{Section, Source, Value},
     keys::{self, Key},
+    model::Model,
     reader::Reader,
 };
 
@@ -50,9 +51,11 @@ fn in_file(
         let name = section.get("name").and_then(|name| reader.string(&name))?;
         (name == subscriber).then_some(section)
     })?;
-    let preset = Source::file("preset".into(), MAILTRAP.to_owned());
+    let name = section.get("preset").and_then(|name| reader.string(&name));
+    let model = name.and_then(|name| Model::named(&name));
+    let preset = Source::file("preset".into(), model.map_or("", |m| m.preset).to_owned());
     let document = reader.parse(&preset);
-    let preset = section.get("preset").map(|_| reader.root(&preset, &document, keys::SUBSCRIBER));
+    let preset = model.map(|_| reader.root(&preset, &document, keys::SUBSCRIBER));
     let place = |path: &str| {
         let own = value(reader, &section, path).map(|value| value.line());
         let of_preset = || {

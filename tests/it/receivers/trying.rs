@@ -1,6 +1,9 @@
 //! `test` and `listen`, which need no queue and no daemon.
 
-use std::process::{Child, Command, Stdio};
+use std::{
+    process::{Child, Command, Stdio},
+    thread::JoinHandle,
+};
 
 use hooktrail::crypto::{
     secret::Secret,
@@ -169,31 +172,34 @@ fn what_keeps_a_test_event_from_arriving_is_told() {
 }
 
 /// `listen` as a process.
-struct Listen(Child, String);
+pub(super) struct Listen(Child, pub(super) String, JoinHandle<String>);
 
 impl Listen {
-    async fn start(arguments: &[&str]) -> Self {
+    pub(super) async fn start(arguments: &[&str]) -> Self {
         let port = free_port();
         let url = format!("127.0.0.1:{port}");
-        let child = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
             .args(["listen", "--json", "--addr", &url])
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .expect("hooktrail runs");
+        // It waits for who reads what it prints.
+        let output = child.stdout.take().expect("piped");
+        let printed = std::thread::spawn(|| std::io::read_to_string(output).expect("text"));
         eventually("it listens", async || {
             tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
         .await;
-        Self(child, format!("http://{url}/"))
+        Self(child, format!("http://{url}/"), printed)
     }
 
     /// Ends it; what it printed.
-    fn lines(mut self) -> Vec<Value> {
+    pub(super) fn lines(mut self) -> Vec<Value> {
         kill("-TERM", self.0.id());
-        let output = std::io::read_to_string(self.0.stdout.take().expect("piped")).expect("text");
         self.0.wait().expect("ends");
+        let output = self.2.join().expect("no panic");
         output.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
     }
 }

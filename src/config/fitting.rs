@@ -1,0 +1,142 @@
+//! Where a subscriber does not fit the model of its receiver.
+
+use super::{
+    model::Model,
+    subscriber::{Auth, Compression, Subscriber},
+};
+use crate::{
+    crypto::signature::Scheme,
+    wording::{size, span},
+};
+
+/// A finding about a subscriber and its receiver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Misfit {
+    /// What it is, and what the receiver does.
+    pub found: String,
+    pub remedy: String,
+}
+
+/// The model that a subscriber is held against: that of its preset, or that its URL is of.
+pub fn model_of(subscriber: &Subscriber) -> Option<&'static Model> {
+    subscriber.preset.or_else(|| Model::of_url(subscriber.url.expose()))
+}
+
+/// All that does not fit.
+pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
+    let Some(model) = model_of(subscriber) else { return Vec::new() };
+    let mut found = Vec::new();
+    let mut add = |what: String, remedy: String| found.push(Misfit { found: what, remedy });
+    let title = model.title;
+    if let Some(other) = Model::of_url(subscriber.url.expose())
+        && subscriber.preset.is_none_or(|preset| preset.name != other.name)
+    {
+        let preset = match subscriber.preset {
+            Some(preset) => format!("the preset is \"{}\"", preset.name),
+            None => "it has no preset".to_owned(),
+        };
+        let name = other.name;
+        add(
+            format!("its URL is that of {}, and {preset}", other.title),
+            format!("set preset = \"{name}\""),
+        );
+    }
+    let format = subscriber.format;
+    if !model.formats.contains(&format) {
+        let usual = model.formats.first().map_or("json", |format| format.name());
+        add(
+            format!("{title} does not read the format \"{}\" as events", format.name()),
+            format!("set format = \"{usual}\""),
+        );
+    }
+    let own = subscriber.content_type.as_ref().and_then(|v| v.to_str().ok());
+    let content_type = own.unwrap_or_else(|| format.content_type());
+    if !model.content_types.is_empty() && !model.content_types.contains(&content_type) {
+        let types = model.content_types.join(" or ");
+        let (status, _) = (model.refusal)(super::model::Refusal::ContentType);
+        add(
+            format!(
+                "{title} answers {status} to the content type {content_type}: it takes {types}"
+            ),
+            "set content_type, or another format".to_owned(),
+        );
+    }
+    let gzip = subscriber.http.compression == Compression::Gzip;
+    let is_custom = |scheme: &Scheme| matches!(scheme, Scheme::Custom { .. });
+    if gzip && !model.gzip {
+        add(
+            format!("{title} is not known to take compressed requests"),
+            "set http.compression = \"none\"".to_owned(),
+        );
+    } else if gzip && model.verifies_compressed && subscriber.signer.schemes().iter().any(is_custom)
+    {
+        add(
+            format!(
+                "{title} verifies the compressed bytes, and hooktrail signs a body before it is compressed"
+            ),
+            "set http.compression = \"none\", or signatures = [] and a secret header".to_owned(),
+        );
+    }
+    let batch = &subscriber.batch;
+    if let Some(most) = model.max_events.filter(|most| batch.max_events > *most) {
+        add(
+            format!(
+                "batch.max_events = {} is more than {title} takes: {most} events",
+                batch.max_events
+            ),
+            format!("set batch.max_events = {most}"),
+        );
+    }
+    if let Some(most) = model.max_bytes.filter(|most| batch.max_bytes > *most) {
+        add(
+            format!(
+                "batch.max_bytes = {} is more than {title} takes: {most} bytes",
+                size(batch.max_bytes)
+            ),
+            format!("set batch.max_bytes to at most {most} bytes"),
+        );
+    }
+    if let Some(age) = model.max_age {
+        let longest = subscriber.retry.options().max_elapsed_time;
+        if longest.is_zero() || longest > age {
+            let for_how_long = match longest.is_zero() {
+                true => "without an end".to_owned(),
+                false => format!("for {}", span(longest)),
+            };
+            add(
+                format!(
+                    "it retries {for_how_long}, and {title} drops events that are older than {}",
+                    span(age)
+                ),
+                format!("set retry.max_elapsed_time to less than {}", span(age)),
+            );
+        }
+    }
+    let has = |name: &str| subscriber.headers.iter().any(|(header, _)| header.as_str() == name);
+    let missing: Vec<&str> = model.headers.iter().copied().filter(|name| !has(name)).collect();
+    if !missing.is_empty() {
+        let list = missing.join(" and ");
+        add(
+            format!("{title} refuses requests without {list}"),
+            format!("set headers = {{ \"{}\" = \"${{KEY}}\" }}", missing.join("\" = \"…\", \"")),
+        );
+    }
+    if let Some(scheme) = model.authorization {
+        let is_bearer = scheme == "Bearer" && matches!(subscriber.auth, Some(Auth::Bearer(_)));
+        let begins = |secret: &crate::crypto::secret::Secret| {
+            secret.expose().split(' ').next().is_some_and(|s| s.eq_ignore_ascii_case(scheme))
+        };
+        let in_headers = subscriber
+            .headers
+            .iter()
+            .any(|(name, value)| *name == http::header::AUTHORIZATION && begins(value));
+        if !is_bearer && !in_headers {
+            let remedy = match scheme {
+                "Bearer" => "set auth = { bearer = \"${TOKEN}\" }".to_owned(),
+                _ => format!("set headers = {{ \"Authorization\" = \"{scheme} ${{TOKEN}}\" }}"),
+            };
+            add(format!("{title} refuses requests without `Authorization: {scheme} …`"), remedy);
+        }
+    }
+    found
+}
