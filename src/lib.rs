@@ -45,7 +45,7 @@
 //!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
 //!              · disposition · depth · pause · delivery
 //! policy/                   decisions without I/O
-//!              · address · retry · batching · circuit_breaker · answer · turn · verdict
+//!              · address · retry · batching · circuit_breaker · rate · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
 //!              · limits · model · subscriber · fitting · settings · keys · spelling · variables · document · reader
 //!              · optional · include · loader · listing · managed · changes · schema · config

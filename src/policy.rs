@@ -5,6 +5,7 @@ pub mod address;
 pub mod answer;
 pub mod batching;
 pub mod circuit_breaker;
+pub mod rate;
 pub mod retry;
 pub mod turn;
 pub mod verdict;

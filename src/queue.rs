@@ -31,6 +31,7 @@ use crate::{
         SubscriberName,
     },
     event::{InvalidEvent, Tenant, head},
+    policy::rate::RateOf,
     store::EventNumber,
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
@@ -430,17 +431,25 @@ impl Window {
     pub fn of(subscriber: &Subscriber) -> Self {
         let slots = subscriber.http.concurrency;
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-        Self { events: clamp(2 * slots * subscriber.batch.max_events), envelopes: clamp(slots) }
+        let full = 2 * slots * subscriber.batch.max_events;
+        let fits = subscriber.http.rate.map(|rate| rate.window(subscriber.batch.max_events));
+        Self { events: clamp(full.min(fits.unwrap_or(full))), envelopes: clamp(slots) }
     }
 
     /// The longest time that a message of this window is unsettled, if each batch has
     /// `events_in_a_batch` events and each attempt takes [its
     /// longest](Subscriber::longest_attempt): the time until its batch is full, the attempts before
-    /// its own, and its own. Due retries come on top.
+    /// its own, their wait for `http.rate`, and its own. Due retries come on top.
     pub fn longest_hold(self, subscriber: &Subscriber, events_in_a_batch: usize) -> Duration {
         let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
         let attempts = usize::from(self.events).div_ceil(at_once).max(1);
+        let requests = u64::from(self.events).div_ceil(events_in_a_batch.max(1) as u64);
+        let rate = subscriber.http.rate.map(|rate| match rate.of {
+            RateOf::Requests => rate.time_of(requests),
+            RateOf::Events => rate.time_of(self.events.into()),
+        });
         subscriber.batch.max_wait
+            + rate.unwrap_or_default()
             + subscriber
                 .longest_attempt()
                 .saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))

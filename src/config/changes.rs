@@ -237,6 +237,7 @@ mod tests {
             ("http.concurrency", "3"),
             ("http.success", "\"200\""),
             ("http.compression", "\"gzip\""),
+            ("http.rate", "{ events = \"5/s\" }"),
             ("http.allow_http", "true"),
             ("http.allow_private_addresses", "true"),
             ("http.allow_addresses", "[\"10.0.0.0/8\"]"),
@@ -270,9 +271,8 @@ mod tests {
         let tried: Vec<_> = tried.into_iter().chain(of_formats.map(|(key, ..)| key)).collect();
         let untried: Vec<_> =
             crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
-        let why =
-            "a name is another subscriber, `tls` needs files, and `tenant` where events have one";
-        assert_eq!(untried, ["name", "tenant", "tls"], "{why}");
+        let why = "a name is another subscriber, `tls` needs files, `tenant` events that have one, and `preset` changes others";
+        assert_eq!(untried, ["name", "tenant", "tls", "preset"], "{why}");
         assert!(
             keys("paused = false").is_empty(),
             "what is written out and means the same is no change"

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     crypto::secret::SecretUrl,
     event::TenantPlace,
-    policy::{batching::BatchPolicy, retry::MAX_DELAY},
+    policy::{batching::BatchPolicy, rate::RateOf, retry::MAX_DELAY},
     wording::size,
 };
 
@@ -473,6 +473,20 @@ pub(super) static HTTP: &[Key] = &[
         |s| word(s.http.compression.name()),
     ),
     subscriber(
+        "http.rate",
+        "The most requests in a second or a minute, such as \"50/s\" or \"30/m\", or the most events: { events = \"10000/s\" }. Each daemon counts alone.",
+        Shape::Either(&[Shape::Text, Shape::Table(RATE)]),
+        &[Session],
+        differs!(http.rate),
+        |s| {
+            let rate = s.http.rate?;
+            match rate.of {
+                RateOf::Requests => word(&rate.to_string()),
+                RateOf::Events => Some(format!("{{ events = {} }}", quoted(&rate.to_string()))),
+            }
+        },
+    ),
+    subscriber(
         "http.allow_http",
         "Whether plain http:// URLs are allowed.",
         Shape::Flag,
@@ -827,7 +841,15 @@ pub(super) static MANAGED_HTTP: &[Key] = &[
         "How request bodies are compressed, after they are signed.",
         Shape::Word(&["none", "gzip"]),
     ),
+    read(
+        "http.rate",
+        "The most requests, or events, in a second or a minute.",
+        Shape::Either(&[Shape::Text, Shape::Table(RATE)]),
+    ),
 ];
+
+pub(super) static RATE: &[Key] =
+    &[read("http.rate.events", "The most events, such as \"10000/s\".", Shape::Text).required()];
 
 pub(super) static AUTH: &[Key] = &[
     read("auth.basic", "HTTP basic authentication (RFC 7617).", Shape::Table(BASIC)),
@@ -970,6 +992,7 @@ mod tests {
             "batch.max_bytes",
             "batch.max_wait",
             "http.concurrency",
+            "http.rate",
         ];
         assert_eq!(affecting(Session), session);
         assert_eq!(affecting(Bindings), ["events", "tenant"]);
@@ -1003,6 +1026,7 @@ mod tests {
                     concurrency: _,
                     success: _,
                     compression: _,
+                    rate: _,
                     allow_http: _,
                     addresses: AddressPolicy { allow_private: _, allow: _ },
                     proxy: _,
@@ -1022,7 +1046,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 18 of its own, 3, 9, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 18 + 3 + 9 + 7 + 3);
+        // 18 of its own, 3, 10, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 18 + 3 + 10 + 7 + 3);
     }
 }

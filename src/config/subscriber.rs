@@ -27,7 +27,7 @@ use crate::{
     },
     policy::{
         address::AddressPolicy, answer::Success, batching::BatchPolicy,
-        circuit_breaker::BreakerPolicy, retry::RetryPolicy,
+        circuit_breaker::BreakerPolicy, rate::Rate, retry::RetryPolicy,
     },
     wording::span,
 };
@@ -64,6 +64,8 @@ pub struct HttpPolicy {
     pub concurrency: usize,
     pub success: Success,
     pub compression: Compression,
+    /// The most that is sent in a second.
+    pub rate: Option<Rate>,
     pub allow_http: bool,
     pub addresses: AddressPolicy,
     /// With a proxy, the proxy resolves names and decides which addresses are allowed.

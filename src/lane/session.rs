@@ -78,6 +78,10 @@ pub(super) struct Session<'l, Q: Queue> {
     end: Option<End>,
     /// Something was settled, so the queue works.
     pub(super) settled: bool,
+    /// Until when `http.rate` holds the attempt that would be next.
+    held_by_rate: Option<Instant>,
+    /// It was reported that the next attempt waits for that.
+    waits_for_rate: bool,
 }
 
 impl<'l, Q: Queue> Session<'l, Q> {
@@ -95,6 +99,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
             settling: 0,
             end: None,
             settled: false,
+            held_by_rate: None,
+            waits_for_rate: false,
         }
     }
 
@@ -176,21 +182,45 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// The next time at which an attempt may start by time alone.
     fn wakes_at(&mut self) -> Option<Instant> {
         let (slots, now) = (self.slots()?, clock::instant());
-        self.turns.wakes_at(slots, self.waiting(now), now)
+        // What is held is due already.
+        self.held_by_rate.or_else(|| self.turns.wakes_at(slots, self.waiting(now), now))
     }
 
     /// Starts as many attempts as there are slots and batches to send.
     fn begin(&mut self) {
         let (max_events, max_bytes) = self.lane.batch_limits();
         self.batcher.limit(max_events, max_bytes);
+        self.held_by_rate = None;
         while let Some(slots) = self.slots() {
             let now = clock::instant();
-            match self.turns.choose(slots, self.waiting(now), now) {
-                Some(Turn::Retry) => self.begin_retry(slots),
-                Some(Turn::First) => self.begin_first(slots),
-                None => return,
+            let Some(turn) = self.turns.choose(slots, self.waiting(now), now) else { return };
+            if !self.pay(turn, now) {
+                return;
+            }
+            match turn {
+                Turn::Retry => self.begin_retry(slots),
+                Turn::First => self.begin_first(slots),
             }
         }
+    }
+
+    /// Whether `http.rate` allows the next attempt now. Each attempt pays, whatever it is.
+    fn pay(&mut self, turn: Turn, now: Instant) -> bool {
+        let Some(bucket) = &mut self.lane.bucket else { return true };
+        let events = match turn {
+            Turn::Retry => self.retries.front().map_or(0, |(batch, _)| u64::from(batch.events)),
+            Turn::First => self.batcher.front_len() as u64,
+        };
+        self.held_by_rate = bucket.wait(events, now);
+        if self.held_by_rate.is_some() {
+            if !std::mem::replace(&mut self.waits_for_rate, true) {
+                self.lane.report(&LaneEvent::RateWaits);
+            }
+            return false;
+        }
+        bucket.pay(events, now);
+        self.waits_for_rate = false;
+        true
     }
 
     fn begin_retry(&mut self, slots: Slots) {

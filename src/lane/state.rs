@@ -17,6 +17,7 @@ use crate::{
     policy::{
         answer::Health,
         circuit_breaker::{self, CircuitBreaker, Permit},
+        rate::Bucket,
         turn::Slots,
         verdict::{self, Attempt, Verdict},
     },
@@ -65,6 +66,8 @@ pub(super) struct State<Q> {
     /// Retries that an operator requests. A request from before the circuit opened, or before a
     /// probe began, counts as seen.
     pub(super) retry_requests: watch::Receiver<u64>,
+    /// What `http.rate` allows.
+    pub(super) bucket: Option<Bucket>,
     /// Whether it was reported that the receiver takes no compressed request.
     plain: bool,
     /// The time in which the queue fails. A queue that can be opened may still fail: some open each
@@ -81,6 +84,7 @@ impl<Q: Queue> State<Q> {
     ) -> Self {
         let LaneConfig { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
+        let bucket = subscriber.http.rate.map(|rate| Bucket::new(rate, clock::instant()));
         let pause_states = queue.pause_states();
         let retry_requests = reporter.retry_requests();
         Self {
@@ -95,6 +99,7 @@ impl<Q: Queue> State<Q> {
             pause: None,
             resumed: None,
             retry_requests,
+            bucket,
             plain: false,
             outage: Outage::default(),
             reporter,
@@ -127,6 +132,9 @@ impl<Q: Queue> State<Q> {
             self.breaker = CircuitBreaker::new(new.circuit_breaker.clone());
         } else if old.circuit_breaker != new.circuit_breaker {
             self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
+        }
+        if self.bucket.as_ref().map(Bucket::rate) != new.http.rate {
+            self.bucket = new.http.rate.map(|rate| Bucket::new(rate, clock::instant()));
         }
         self.report_circuit();
         differences.affect(Affects::Session)
@@ -252,9 +260,12 @@ impl<Q: Queue> State<Q> {
     /// configured.
     pub(super) fn batch_limits(&self) -> (usize, usize) {
         let batch = &self.subscriber.batch;
-        self.breaker.ramp().map_or((batch.max_events, batch.max_bytes), |ramp| {
-            (ramp.batch(batch.max_events), ramp.batch(batch.max_bytes))
-        })
+        let (events, bytes) =
+            self.breaker.ramp().map_or((batch.max_events, batch.max_bytes), |ramp| {
+                (ramp.batch(batch.max_events), ramp.batch(batch.max_bytes))
+            });
+        let by_rate = self.subscriber.http.rate.map_or(events, |rate| rate.max_events());
+        (events.min(by_rate), bytes)
     }
 
     /// The verdict on an attempt. `current`: requests are still made as this one was.

@@ -94,6 +94,11 @@ impl<T> Batcher<T> {
         self.waiting.is_empty()
     }
 
+    /// The number of items of the front batch.
+    pub const fn front_len(&self) -> usize {
+        self.front.0
+    }
+
     /// The oldest item that waits.
     pub fn front(&self) -> Option<&T> {
         self.waiting.front().map(|(item, ..)| item)

@@ -73,6 +73,8 @@ pub enum LaneEvent<'a> {
     Compression {
         refused: bool,
     },
+    /// A batch waits for `http.rate`; once for each that does.
+    RateWaits,
     /// An operator wants a retry although the circuit is open or the endpoint held.
     RetryRequested,
     /// It is still unknown whether the subscriber is paused.
@@ -252,6 +254,7 @@ impl LaneEvent<'_> {
             | Self::SessionEnded
             | Self::CircuitIs { .. }
             | Self::Compression { refused: false }
+            | Self::RateWaits
             | Self::Paused { known: true, .. } => {}
         }
     }

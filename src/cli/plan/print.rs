@@ -10,7 +10,7 @@ use crate::{
         text::{grouped, rounded, rounded_size, visible},
     },
     config::Config,
-    policy::{circuit_breaker::BreakerPolicy, retry::Exhausted},
+    policy::{circuit_breaker::BreakerPolicy, rate::RateOf, retry::Exhausted},
     queue::amqp::{CONSUMER_TIMEOUT, Footprint},
     wording::{agreed, counted},
 };
@@ -112,6 +112,15 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
+    if let Some(rate) = s.http.rate {
+        let (what, at_once) = match rate.of {
+            RateOf::Requests => ("requests", "after a pause a second's worth at once"),
+            RateOf::Events => ("events", "and no batch has more than a second's worth"),
+        };
+        line(format!(
+            "  rate: at most {rate} {what} (http.rate), {at_once}. Each daemon counts alone: two of them send twice as much"
+        ));
+    }
     let larger = if *ladder {
         "; RabbitMQ counts messages: when much larger ones come suddenly, it is more until they are known"
     } else {

@@ -22,6 +22,7 @@ use crate::{
         answer::Success,
         batching::BatchPolicy,
         circuit_breaker::BreakerPolicy,
+        rate::{Rate, RateOf},
         retry::{Exhausted, MAX_DELAY, RetryOptions, RetryPolicy},
     },
     wording::span,
@@ -70,6 +71,7 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
         group.get("compression"),
         &[Compression::None, Compression::Gzip].map(|one| (one.name(), one)),
     );
+    let rate = group.get("rate").map_or(Some(None), |v| rate(reader, &v));
     let allow_http = reader.flag(group.get("allow_http"));
     let addresses = addresses(reader, group);
     let proxy = proxy(reader, group);
@@ -79,10 +81,38 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
         concurrency: usize::try_from(concurrency?).ok()?,
         success: success?,
         compression: compression?,
+        rate: rate?,
         allow_http: allow_http?,
         addresses: addresses?,
         proxy: proxy?,
     })
+}
+
+/// The key `http.rate`; an empty text overrides the top level's with none.
+fn rate(reader: &Reader<'_>, value: &Value<'_>) -> Option<Option<Rate>> {
+    let (value, of) = if Reader::is_string(value) {
+        (value.clone(), RateOf::Requests)
+    } else {
+        let table = reader.section(value, keys::RATE)?;
+        let Some(events) = table.get("events") else {
+            reader.report_missing(
+                &table,
+                "events",
+                "is required in this form: the most events in a second, such as \"10000/s\"",
+            );
+            return None;
+        };
+        (events, RateOf::Events)
+    };
+    let text = reader.string(&value)?;
+    if text.is_empty() {
+        return Some(None);
+    }
+    let rate = Rate::parse(&text, of);
+    if rate.is_none() {
+        reader.report(&value, "is not a rate; write an amount from 1 to 1000000 in a second or a minute, such as \"50/s\" or \"30/m\", or \"\" for none");
+    }
+    rate.map(Some)
 }
 
 /// The table `[admin.api_subscribers]`.

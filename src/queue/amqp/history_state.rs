@@ -198,9 +198,11 @@ impl HistoryState {
         let mut lost = self.lost();
         let until = now.max(lack.at);
         let before = |at: &SystemTime| *at < lack.at;
+        // Who recorded it knew no store. The queue may be gone with what it held, so that the time at
+        // which it was last known to be bound counts only if a later event is in the store.
         let unknown = || {
-            let sound = lost.witnessed.into_iter().flatten().find(before);
-            sound.or(lost.stored).unwrap_or(lack.at)
+            let sound = || lost.witnessed.into_iter().flatten().find(before);
+            lost.stored.filter(before).or_else(sound).unwrap_or(lack.at)
         };
         let from = lack.since.unwrap_or_else(unknown).min(lack.at);
         if lost.stored.is_some() {
@@ -367,6 +369,14 @@ mod tests {
         state.witnessed(at(101)); // after it was restored
         assert_eq!(found(&lack(None), 110), (at(60), at(110)));
         assert_eq!(state.last_sound(), Some(at(101)));
+
+        // What the queue held since the last event of the store may be lost with it.
+        let state = HistoryState::default();
+        state.stored(at(50));
+        state.witnessed(at(60));
+        state.lacked(&lack(None), at(110));
+        let gaps: Vec<_> = state.take_gaps().into_iter().map(|g| (g.from, g.until)).collect();
+        assert_eq!(gaps, [(at(50), at(110))]);
     }
 
     #[test]

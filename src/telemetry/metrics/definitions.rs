@@ -143,6 +143,11 @@ pub const ALL: &[Definition] = &[
         SUBSCRIBER,
         "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",
     ),
+    counter(
+        "rate_waits",
+        SUBSCRIBER,
+        "Attempts that waited because of http.rate; where it grows as fast as attempts do, the rate is the limit",
+    ),
     counter("lane_panics", SUBSCRIBER, "Panics of the lane; it is restarted each time"),
     gauge(
         "retries_waiting",

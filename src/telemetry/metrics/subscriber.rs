@@ -56,6 +56,7 @@ pub(super) struct Series {
     plain: Float,
     up: Float,
     panics: Counter,
+    rate_waits: Counter,
     retries_waiting: Float,
     queues: [Float; 3],
     /// Points in time, of which there is no sum.
@@ -136,6 +137,7 @@ impl Series {
             plain: of_all.gauge("compression_refused", &of),
             up: of_all.gauge("lane_up", &of),
             panics: of_all.counter("lane_panics", &of),
+            rate_waits: of_all.counter("rate_waits", &of),
             retries_waiting: of_all.gauge("retries_waiting", &of),
             queues: [queue("main"), queue("retry"), queue("dead")],
             times: (name != ALL_TOGETHER).then(times),
@@ -184,6 +186,9 @@ impl SubscriberMetrics {
             LaneEvent::Settled(settled) => self.settled(settled),
             LaneEvent::Panicked { .. } => {
                 self.series.panics.inc();
+            }
+            LaneEvent::RateWaits => {
+                self.series.rate_waits.inc();
             }
             LaneEvent::Recognised { .. }
             | LaneEvent::Undeliverable { .. }

@@ -270,6 +270,7 @@ impl LaneStatus {
             | LaneEvent::Settled(_)
             | LaneEvent::NotSettled(_)
             | LaneEvent::CircuitChanged(_)
+            | LaneEvent::RateWaits
             | LaneEvent::RetryRequested
             | LaneEvent::PauseStateLate
             | LaneEvent::ResumedUnpaused => {}

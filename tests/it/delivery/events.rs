@@ -8,6 +8,7 @@ use std::{
 use serde_json::json;
 
 use crate::support::{
+    api::Api,
     broker::{Broker, kill},
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually,
@@ -21,6 +22,7 @@ on_both_queues!(
     batches_keep_to_their_number_size_and_time,
     formats_keep_their_bytes_and_ids_through_retries_halves_dead_letters_and_replays,
     compressed_requests_are_signed_before_and_are_plain_for_who_refuses_them_until_a_reload,
+    no_second_has_more_requests_or_events_than_the_rate_allows_retries_among_them,
     each_subscriber_gets_the_events_that_its_patterns_match,
     a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early,
     retries_go_before_the_backlog,
@@ -240,6 +242,52 @@ async fn compressed_requests_are_signed_before_and_are_plain_for_who_refuses_the
     refuses.wait_all(301).await;
     assert!(is_gzip(&refuses.requests()[before]));
     eventually("the status forgets it", async || !refused("refuses")).await;
+}
+
+async fn no_second_has_more_requests_or_events_than_the_rate_allows_retries_among_them(
+    queue: Queue,
+) {
+    // Every second request fails, so that there are as many retries.
+    let often = async || Receiver::start(|_, n| status(if n % 2 == 0 { 503 } else { 200 })).await;
+    let (requests, events, free) = (often().await, Receiver::accepting().await, often().await);
+    let one_each = "batch = { max_events = 1 }";
+    let api = Api::new();
+    let text = |rate: &str| {
+        QUICK.to_owned()
+            + &api.section()
+            + &subscriber(
+                "requests",
+                &requests.url,
+                &format!("{one_each}\nhttp = {{ concurrency = 8{rate} }}"),
+            )
+            + &subscriber("events", &events.url, "http.rate = { events = \"20/s\" }")
+            + &subscriber("free", &free.url, &format!("{one_each}\nhttp = {{ concurrency = 8 }}"))
+    };
+    let setup = Setup::new(&queue, &text(", rate = \"10/s\""));
+    let _daemon = setup.start().await;
+    let began = Instant::now();
+    queue.publish(TYPE, (0..60).map(event)).await;
+    for receiver in [&free, &requests, &events] {
+        receiver.wait_all(60).await;
+    }
+    // A second's worth at once, and then one after the other: of 60 events in 20 a second, two more.
+    let took = began.elapsed();
+    assert!(took >= Duration::from_secs(2), "{took:?}");
+    let most = |receiver: &Receiver, count: fn(&Request) -> usize| {
+        let all = receiver.requests();
+        let within = |from: &Request| -> usize {
+            let until = from.at + Duration::from_secs(1);
+            all.iter().filter(|r| r.at >= from.at && r.at < until).map(count).sum()
+        };
+        all.iter().map(within).max().unwrap_or_default()
+    };
+    let (of_requests, of_events) = (most(&requests, |_| 1), most(&events, |r| r.numbers().len()));
+    // What comes a little late makes the second after it fuller.
+    assert!(of_requests <= 2 * 10 + 2 && of_events <= 2 * 20 + 2, "{of_requests} {of_events}");
+    assert!(most(&free, |_| 1) > 22, "without a rate there is no such limit");
+    assert!(events.requests().iter().all(|r| r.numbers().len() <= 20), "at most a second's worth");
+    let waits = api.metric("hooktrail_rate_waits_total{subscriber=\"requests\"}").await;
+    assert!(waits.is_some_and(|n| n >= 20.0), "{waits:?}");
 }
 
 async fn batches_keep_to_their_number_size_and_time(queue: Queue) {
