@@ -141,14 +141,11 @@ async fn inspected(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
 fn receivers(chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
     let of = |s: &Arc<Subscriber>| {
         let about = format!("subscriber {}", s.name);
-        let note = s.preset.and_then(|model| model.note).map(|note| {
-            Finding::note(&about, format!("sends to {}: {note}", s.preset.map_or("", |m| m.title)))
+        let note = model_of(s).and_then(|model| {
+            Some(Finding::note(&about, format!("sends to {}: {}", model.title, model.note?)))
         });
-        let source = model_of(s).map_or("", |model| model.documentation);
-        let warning = |misfit: Misfit| {
-            let risk = format!("it can be that nothing is delivered; see {source}");
-            Finding::warning(&about, misfit.found).risking(risk).with_remedy(misfit.remedy)
-        };
+        let warning =
+            |misfit: Misfit| Finding::warning(&about, misfit.found).with_remedy(misfit.remedy);
         misfits(s).into_iter().map(warning).chain(note).collect::<Vec<_>>()
     };
     chosen.iter().flat_map(of).collect()

@@ -160,7 +160,9 @@ impl fmt::Display for Totals {
 }
 
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
-    let any_text = args.model.is_some();
+    let is_signed =
+        |model: &Model| model.signature.is_some_and(|(name, _)| name == "webhook-signature");
+    let any_text = args.model.is_some_and(|model| !is_signed(model));
     let secrets =
         args.secret.iter().map(|s| read_secret(s, any_text)).collect::<Result<Vec<_>, _>>()?;
     let socket = TcpListener::bind(&args.addr).await.map_err(|e| {

@@ -1,11 +1,14 @@
 //! Where a subscriber does not fit the model of its receiver.
 
+use http::header::AUTHORIZATION;
+
 use super::{
-    model::Model,
+    model::{Model, Refusal},
     subscriber::{Auth, Compression, Subscriber},
 };
 use crate::{
-    crypto::signature::Scheme,
+    crypto::{secret::Secret, signature::Scheme},
+    policy::answer::Success,
     wording::{size, span},
 };
 
@@ -14,6 +17,7 @@ use crate::{
 pub struct Misfit {
     /// What it is, and what the receiver does.
     pub found: String,
+    /// With the address of the receiver's documentation.
     pub remedy: String,
 }
 
@@ -26,7 +30,6 @@ pub fn model_of(subscriber: &Subscriber) -> Option<&'static Model> {
 pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
     let Some(model) = model_of(subscriber) else { return Vec::new() };
     let mut found = Vec::new();
-    let mut add = |what: String, remedy: String| found.push(Misfit { found: what, remedy });
     let title = model.title;
     if let Some(other) = Model::of_url(subscriber.url.expose())
         && subscriber.preset.is_none_or(|preset| preset.name != other.name)
@@ -35,30 +38,41 @@ pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
             Some(preset) => format!("the preset is \"{}\"", preset.name),
             None => "it has no preset".to_owned(),
         };
-        let name = other.name;
-        add(
-            format!("its URL is that of {}, and {preset}", other.title),
-            format!("set preset = \"{name}\""),
-        );
+        found.push(Misfit {
+            found: format!("its URL is that of {}, and {preset}", other.title),
+            remedy: format!("set preset = \"{}\"; see {}", other.name, other.documentation),
+        });
     }
+    let mut add = |what: String, remedy: String| {
+        let remedy = format!("{remedy}; see {}", model.documentation);
+        found.push(Misfit { found: what, remedy });
+    };
     let format = subscriber.format;
+    let own = subscriber.content_type.as_ref().and_then(|v| v.to_str().ok());
+    let content_type = own.unwrap_or_else(|| format.content_type());
     if !model.formats.contains(&format) {
         let usual = model.formats.first().map_or("json", |format| format.name());
         add(
             format!("{title} does not read the format \"{}\" as events", format.name()),
             format!("set format = \"{usual}\""),
         );
-    }
-    let own = subscriber.content_type.as_ref().and_then(|v| v.to_str().ok());
-    let content_type = own.unwrap_or_else(|| format.content_type());
-    if !model.content_types.is_empty() && !model.content_types.contains(&content_type) {
+    } else if !model.takes_type(content_type) {
         let types = model.content_types.join(" or ");
-        let (status, _) = (model.refusal)(super::model::Refusal::ContentType);
+        let (status, _) = (model.refusal)(Refusal::ContentType);
         add(
             format!(
                 "{title} answers {status} to the content type {content_type}: it takes {types}"
             ),
-            "set content_type, or another format".to_owned(),
+            format!("set content_type = \"{}\"", model.content_types.first().unwrap_or(&"")),
+        );
+    }
+    let (status, _) = model.success;
+    if subscriber.http.success == Success::Only200 && status != 200 {
+        add(
+            format!(
+                "{title} answers {status} to what it has taken, and only 200 counts as a success"
+            ),
+            "set http.success = \"2xx\"".to_owned(),
         );
     }
     let gzip = subscriber.http.compression == Compression::Gzip;
@@ -98,7 +112,7 @@ pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
     }
     if let Some(age) = model.max_age {
         let longest = subscriber.retry.options().max_elapsed_time;
-        if longest.is_zero() || longest > age {
+        if longest.is_zero() || longest >= age {
             let for_how_long = match longest.is_zero() {
                 true => "without an end".to_owned(),
                 false => format!("for {}", span(longest)),
@@ -112,31 +126,41 @@ pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
             );
         }
     }
+    // Keys in the URL are another way, and nobody's business here.
+    let has_query = subscriber.url.expose().query().is_some();
     let has = |name: &str| subscriber.headers.iter().any(|(header, _)| header.as_str() == name);
     let missing: Vec<&str> = model.headers.iter().copied().filter(|name| !has(name)).collect();
-    if !missing.is_empty() {
-        let list = missing.join(" and ");
+    if !missing.is_empty() && !has_query {
+        let each = |name: &&str| format!("\"{name}\" = \"${{KEY}}\"");
+        let keys: Vec<String> = missing.iter().map(each).collect();
         add(
-            format!("{title} refuses requests without {list}"),
-            format!("set headers = {{ \"{}\" = \"${{KEY}}\" }}", missing.join("\" = \"…\", \"")),
+            format!("{title} refuses requests without {}", missing.join(" and ")),
+            format!("set headers = {{ {} }}", keys.join(", ")),
         );
     }
-    if let Some(scheme) = model.authorization {
-        let is_bearer = scheme == "Bearer" && matches!(subscriber.auth, Some(Auth::Bearer(_)));
-        let begins = |secret: &crate::crypto::secret::Secret| {
-            secret.expose().split(' ').next().is_some_and(|s| s.eq_ignore_ascii_case(scheme))
+    if let [usual, ..] = model.authorization
+        && !model.authorization.iter().any(|scheme| authorizes(subscriber, scheme))
+        && !has_query
+    {
+        let remedy = match *usual {
+            "Bearer" => "set auth = { bearer = \"${TOKEN}\" }".to_owned(),
+            scheme => format!("set headers = {{ \"Authorization\" = \"{scheme} ${{TOKEN}}\" }}"),
         };
-        let in_headers = subscriber
-            .headers
-            .iter()
-            .any(|(name, value)| *name == http::header::AUTHORIZATION && begins(value));
-        if !is_bearer && !in_headers {
-            let remedy = match scheme {
-                "Bearer" => "set auth = { bearer = \"${TOKEN}\" }".to_owned(),
-                _ => format!("set headers = {{ \"Authorization\" = \"{scheme} ${{TOKEN}}\" }}"),
-            };
-            add(format!("{title} refuses requests without `Authorization: {scheme} …`"), remedy);
-        }
+        add(format!("{title} refuses requests without `Authorization: {usual} …`"), remedy);
     }
     found
+}
+
+/// Whether requests have an `authorization` of this scheme.
+fn authorizes(subscriber: &Subscriber, scheme: &str) -> bool {
+    let begins = |value: &Secret| {
+        let parts = value.expose().split_once(' ');
+        parts.is_some_and(|(s, token)| s.eq_ignore_ascii_case(scheme) && !token.trim().is_empty())
+    };
+    let url = subscriber.url.expose();
+    match (scheme, &subscriber.auth) {
+        ("Bearer", Some(Auth::Bearer(_))) | ("Basic", Some(Auth::Basic { .. })) => true,
+        ("Basic", _) if url.password().is_some() => true,
+        _ => subscriber.headers.iter().any(|(name, value)| *name == AUTHORIZATION && begins(value)),
+    }
 }

@@ -23,7 +23,7 @@ pub(super) use self::{
     tenant::Tenants,
 };
 use super::{
-    document::{Layers, Section, Source, Value},
+    document::{Layer, Layers, Section, Source, Value},
     keys::{self, Key},
     limits::MAX_SHUTDOWN_TIMEOUT,
     model::Model,
@@ -251,9 +251,10 @@ pub(super) fn of_section<'d>(
     let tenant = tenant::tenant(reader, section, defaults.tenants);
     let own = Layers { own: Some(section.clone()), preset: preset.cloned(), base: None };
     let bodies = format::bodies(reader, section, &own);
-    let batch = batch
-        .zip(bodies.as_ref())
-        .and_then(|(batch, bodies)| policies::fitting(reader, batch, bodies.format, &batch_group));
+    let by = if own.layer("format") == Layer::Preset { ", which the preset sets" } else { "" };
+    let batch = batch.zip(bodies.as_ref()).and_then(|(batch, bodies)| {
+        policies::fitting(reader, batch, (bodies.format, by), &batch_group)
+    });
     let headers =
         section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
     let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));

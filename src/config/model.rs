@@ -21,8 +21,10 @@ pub struct Model {
     pub preset: &'static str,
     /// The formats that it reads as events, the usual one first.
     pub formats: &'static [Format],
-    /// The content types that it takes, exactly as they are; none: any.
+    /// The content types that it takes; none: any.
     pub content_types: &'static [&'static str],
+    /// A content type with parameters is another one to it.
+    pub exact_content_type: bool,
     pub gzip: bool,
     /// It verifies the bytes as they came, compressed ones too; hooktrail signs before.
     pub verifies_compressed: bool,
@@ -33,8 +35,9 @@ pub struct Model {
     pub max_age: Option<Duration>,
     /// Headers with keys that each request must have.
     pub headers: &'static [&'static str],
-    /// The scheme of `authorization`, which each request must have.
-    pub authorization: Option<&'static str>,
+    /// The schemes of `authorization`, one of which each request must have, the usual one first; none:
+    /// it need not have any. The password of `Basic` is the token.
+    pub authorization: &'static [&'static str],
     /// The header of a signature, and the text before its hexadecimal HMAC-SHA256.
     pub signature: Option<(&'static str, &'static str)>,
     /// The answer to a request that it takes.
@@ -62,6 +65,8 @@ pub enum Refusal {
     NotJson,
     /// JSON, but not of a format that it takes.
     Shape,
+    /// An event of the right format that is null or an empty text.
+    Blank,
     TooManyEvents,
     TooLarge,
 }
@@ -78,6 +83,7 @@ impl Refusal {
             Self::Empty => "it is empty",
             Self::NotJson => "it is not JSON",
             Self::Shape => "its JSON is of another format",
+            Self::Blank => "an event in it is blank",
             Self::TooManyEvents => "it has too many events",
             Self::TooLarge => "it is too large",
         }
@@ -100,6 +106,15 @@ impl Model {
         &EVENTBRIDGE,
         &SLACK,
     ];
+
+    /// Whether it takes this content type.
+    pub fn takes_type(&self, content_type: &str) -> bool {
+        let kind = content_type.split(';').next().unwrap_or_default().trim();
+        self.content_types.is_empty()
+            || self.content_types.contains(&content_type)
+            || !self.exact_content_type
+                && self.content_types.iter().any(|known| known.eq_ignore_ascii_case(kind))
+    }
 
     pub fn named(name: &str) -> Option<&'static Self> {
         Self::ALL.into_iter().find(|model| model.name == name)
@@ -138,20 +153,21 @@ static MAILTRAP: Model = Model {
     "#,
     formats: &[Format::Json, Format::JsonLines],
     content_types: &["application/json", "application/jsonl"],
+    exact_content_type: false,
     gzip: false,
     verifies_compressed: false,
     max_events: Some(500),
     max_bytes: None,
     max_age: None,
     headers: &[],
-    authorization: None,
+    authorization: &[],
     signature: Some(("mailtrap-signature", "")),
     success: (200, ""),
     refusal: |why| match why {
         Refusal::NoCredentials | Refusal::BadCredentials | Refusal::WrongCredentials => (401, ""),
         Refusal::ContentType | Refusal::Coding => (415, ""),
         Refusal::TooManyEvents | Refusal::TooLarge => (413, ""),
-        Refusal::Empty | Refusal::NotJson | Refusal::Shape => (400, ""),
+        Refusal::Empty | Refusal::NotJson | Refusal::Shape | Refusal::Blank => (400, ""),
     },
     is_its: NOBODYS,
     note: None,
@@ -165,17 +181,19 @@ static ELASTIC: Model = Model {
     preset: r#"
         format = "json_array"
         signatures = [{ header = "X-Hub-Signature-256", prefix = "sha256=" }]
+        http = { success = "2xx", compression = "none" }
     "#,
-    // Its decoder reads any number of objects and arrays, one after the other.
+    // Its decoder also reads objects one after the other.
     formats: &[Format::JsonArray, Format::Single, Format::JsonLines],
     content_types: &["application/json"],
+    exact_content_type: true,
     gzip: true,
     verifies_compressed: true,
     max_events: None,
     max_bytes: None,
     max_age: None,
     headers: &[],
-    authorization: None,
+    authorization: &[],
     signature: Some(("x-hub-signature-256", "sha256=")),
     success: (200, r#"{"message": "success"}"#),
     refusal: |why| match why {
@@ -189,7 +207,7 @@ static ELASTIC: Model = Model {
         Refusal::Coding => (415, r#"{"message":"unsupported Content-Encoding"}"#),
         Refusal::Empty => (406, r#"{"message":"body cannot be empty"}"#),
         Refusal::NotJson => (400, r#"{"message":"malformed JSON object"}"#),
-        Refusal::Shape => (400, r#"{"message":"only JSON objects are accepted"}"#),
+        Refusal::Shape | Refusal::Blank => (400, r#"{"message":"only JSON objects are accepted"}"#),
         Refusal::TooManyEvents | Refusal::TooLarge => (413, r#"{"message":"body too large"}"#),
     },
     is_its: NOBODYS,
@@ -205,7 +223,7 @@ static DATADOG: Model = Model {
         format = "json_array"
         signatures = []
         batch = { max_events = 1000, max_bytes = "4MiB" }
-        http = { compression = "gzip" }
+        http = { success = "2xx", compression = "gzip" }
         [retry]
         max_attempts = 24
         initial_interval = "5s"
@@ -215,13 +233,14 @@ static DATADOG: Model = Model {
     "#,
     formats: &[Format::JsonArray, Format::Single],
     content_types: &["application/json"],
+    exact_content_type: false,
     gzip: true,
     verifies_compressed: false,
     max_events: Some(1000),
     max_bytes: Some(5_000_000),
     max_age: Some(Duration::from_secs(18 * HOUR.as_secs())),
     headers: &["dd-api-key"],
-    authorization: None,
+    authorization: &[],
     signature: None,
     success: (202, "{}"),
     refusal: |why| match why {
@@ -241,11 +260,12 @@ static DATADOG: Model = Model {
         | Refusal::Empty
         | Refusal::NotJson
         | Refusal::Shape
+        | Refusal::Blank
         | Refusal::TooManyEvents => (400, r#"{"errors":[{"status":"400","title":"Bad Request"}]}"#),
     },
     is_its: |url| host_is(url, |host| host.starts_with("http-intake.logs.")),
     note: Some(
-        "it answers 202 before it has looked at the events, and drops those whose timestamp is older than 18 h",
+        "it answers 202 before it has looked at the events, and drops those whose timestamp is older than 18 h; as timestamps its documentation names ISO 8601 and Unix milliseconds",
     ),
 };
 
@@ -257,9 +277,11 @@ static SPLUNK_HEC: Model = Model {
     preset: r#"
         format = "splunk_hec"
         signatures = []
+        http = { success = "2xx" }
     "#,
     formats: &[Format::SplunkHec],
     content_types: &[],
+    exact_content_type: false,
     gzip: true,
     verifies_compressed: false,
     max_events: None,
@@ -267,7 +289,7 @@ static SPLUNK_HEC: Model = Model {
     max_bytes: Some(838_860_800),
     max_age: None,
     headers: &[],
-    authorization: Some("Splunk"),
+    authorization: &["Splunk", "Basic"],
     signature: None,
     success: (200, r#"{"text":"Success","code":0}"#),
     refusal: |why| match why {
@@ -281,6 +303,9 @@ static SPLUNK_HEC: Model = Model {
         Refusal::Shape => {
             (400, r#"{"text":"Event field is required","code":12,"invalid-event-number":0}"#)
         }
+        Refusal::Blank => {
+            (400, r#"{"text":"Event field cannot be blank","code":13,"invalid-event-number":0}"#)
+        }
         Refusal::TooManyEvents | Refusal::TooLarge => {
             (413, r#"{"text":"Content-Length exceeds the limit","code":27}"#)
         }
@@ -291,7 +316,7 @@ static SPLUNK_HEC: Model = Model {
         host_is(url, is_its_host) || url.path().starts_with("/services/collector")
     },
     note: Some(
-        "its 200 means that it has taken the events, not that they are indexed: acknowledgements of its indexers are not asked for",
+        "its 200 means that it has taken the events, not that they are indexed: acknowledgements of its indexers are not asked for, and are to be off for the token",
     ),
 };
 
@@ -303,18 +328,20 @@ static SENTINEL: Model = Model {
     preset: r#"
         format = "json_array"
         signatures = []
-        batch = { max_bytes = "976KiB" }
+        batch = { max_bytes = "1MiB" }
+        http = { success = "2xx" }
     "#,
     // It answers 204 to an object too, and keeps nothing of it.
     formats: &[Format::JsonArray],
     content_types: &["application/json"],
+    exact_content_type: false,
     gzip: true,
     verifies_compressed: false,
     max_events: None,
-    max_bytes: Some(1_000_000),
+    max_bytes: Some(1024 * 1024),
     max_age: None,
     headers: &[],
-    authorization: Some("Bearer"),
+    authorization: &["Bearer"],
     signature: None,
     success: (204, ""),
     refusal: |why| match why {
@@ -334,13 +361,15 @@ static SENTINEL: Model = Model {
             413,
             r#"{"error":{"code":"ContentLengthLimitExceeded","message":"Maximum allowed content length: 1048576 bytes (1 MB)"}}"#,
         ),
-        Refusal::Empty | Refusal::NotJson | Refusal::Shape => (
+        Refusal::Empty | Refusal::NotJson | Refusal::Shape | Refusal::Blank => (
             400,
             r#"{"error":{"code":"InvalidPayload","message":"The payload is not an array of JSON objects"}}"#,
         ),
     },
     is_its: |url| host_is(url, |host| host.ends_with(".ingest.monitor.azure.com")),
-    note: None,
+    note: Some(
+        "the tokens of Microsoft Entra end after about an hour: what is in `auth` has to be renewed by then, and hooktrail reloaded",
+    ),
 };
 
 static GOOGLE_SECOPS: Model = Model {
@@ -353,16 +382,18 @@ static GOOGLE_SECOPS: Model = Model {
         content_type = "application/json"
         signatures = []
         batch = { max_bytes = "3MiB" }
+        http = { success = "2xx", compression = "none" }
     "#,
     formats: &[Format::JsonLines, Format::Single],
     content_types: &["application/json"],
+    exact_content_type: false,
     gzip: false,
     verifies_compressed: false,
     max_events: None,
     max_bytes: Some(4_000_000),
     max_age: None,
     headers: &["x-goog-api-key", "x-webhook-access-key"],
-    authorization: None,
+    authorization: &[],
     signature: None,
     success: (200, "{}"),
     refusal: |why| match why {
@@ -379,7 +410,8 @@ static GOOGLE_SECOPS: Model = Model {
         | Refusal::Coding
         | Refusal::Empty
         | Refusal::NotJson
-        | Refusal::Shape => (400, r#"{"error":{"code":400,"status":"INVALID_ARGUMENT"}}"#),
+        | Refusal::Shape
+        | Refusal::Blank => (400, r#"{"error":{"code":400,"status":"INVALID_ARGUMENT"}}"#),
     },
     is_its: |url| {
         host_is(url, |host| host.ends_with("chronicle.googleapis.com"))
@@ -397,17 +429,18 @@ static EVENTBRIDGE: Model = Model {
         format = "single"
         signatures = ["standard-webhooks"]
         batch = { max_events = 1, max_bytes = "240KiB", max_wait = "0s" }
-        http = { concurrency = 8 }
+        http = { success = "2xx", compression = "none", concurrency = 8 }
     "#,
     formats: &[Format::Single],
     content_types: &["application/json"],
+    exact_content_type: false,
     gzip: false,
     verifies_compressed: false,
     max_events: Some(1),
     max_bytes: Some(256 * 1024),
     max_age: None,
     headers: &[],
-    authorization: None,
+    authorization: &[],
     signature: Some(("webhook-signature", "")),
     success: (200, ""),
     refusal: |why| match why {
@@ -418,7 +451,9 @@ static EVENTBRIDGE: Model = Model {
             (413, r#"{"message":"Request Entity Too Large"}"#)
         }
         Refusal::ContentType | Refusal::Coding => (415, r#"{"message":"Unsupported Media Type"}"#),
-        Refusal::Empty | Refusal::NotJson | Refusal::Shape => (400, r#"{"message":"Bad Request"}"#),
+        Refusal::Empty | Refusal::NotJson | Refusal::Shape | Refusal::Blank => {
+            (400, r#"{"message":"Bad Request"}"#)
+        }
     },
     is_its: NOBODYS,
     note: None,
@@ -433,16 +468,18 @@ static SLACK: Model = Model {
         format = "slack"
         signatures = []
         batch = { max_events = 20, max_bytes = "32KiB", max_wait = "5s" }
+        http = { success = "2xx", compression = "none", rate = "1/s" }
     "#,
     formats: &[Format::Slack],
     content_types: &["application/json"],
+    exact_content_type: false,
     gzip: false,
     verifies_compressed: false,
     max_events: None,
     max_bytes: Some(40_000),
     max_age: None,
     headers: &[],
-    authorization: None,
+    authorization: &[],
     signature: None,
     success: (200, "ok"),
     refusal: |why| match why {
@@ -454,6 +491,7 @@ static SLACK: Model = Model {
         | Refusal::Coding
         | Refusal::Empty
         | Refusal::NotJson
+        | Refusal::Blank
         | Refusal::TooManyEvents
         | Refusal::TooLarge => (400, "invalid_payload"),
     },

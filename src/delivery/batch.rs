@@ -66,6 +66,30 @@ impl BatchId {
         shorter.map(|id| Self(id.strip_suffix('_').unwrap_or(id).to_owned()))
     }
 
+    /// How many events there may be in the whole batch before this part, if it has `events`: its
+    /// halves were made of more than one, and the first of two has the larger half.
+    pub fn places(&self, events: usize) -> Vec<usize> {
+        let path = self.0.rsplit_once('_').filter(|_| self.is_half()).map_or("", |(_, path)| path);
+        let place = |whole: usize| {
+            path.bytes().try_fold((0, whole), |(before, length), digit| {
+                let first = length.div_ceil(2);
+                match digit {
+                    _ if length < 2 => None,
+                    b'0' => Some((before, first)),
+                    _ => Some((before + first, length - first)),
+                }
+            })
+        };
+        // Each split at most doubles it, and one more event for each that was odd.
+        let most = (events + 1).saturating_mul(1 << path.len().min(16)).min(LARGEST.max(events));
+        let mut places: Vec<usize> = (events..=most)
+            .filter_map(|whole| place(whole).filter(|(_, length)| *length == events))
+            .map(|(before, _)| before)
+            .collect();
+        places.dedup();
+        places
+    }
+
     /// The ids of the two parts.
     #[must_use]
     pub fn halves(&self) -> [Self; 2] {
@@ -92,6 +116,9 @@ impl From<&str> for BatchId {
         Self(id.to_owned())
     }
 }
+
+/// The most events of a batch.
+const LARGEST: usize = 65_535;
 
 /// A batch. Its bytes and its id never change; a queue stores it as one message, the envelope.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -192,6 +219,25 @@ mod tests {
         }
         for (subscriber, form) in [("t", "f"), ("s", "g"), ("sf", "")] {
             assert_ne!(BatchId::of_events(subscriber, form, events), of_these);
+        }
+    }
+
+    #[test]
+    fn the_places_of_a_part_are_those_that_its_number_of_events_allows() {
+        let places = |id: &str, events| BatchId::from(id).places(events);
+        assert_eq!((places("msg_1", 5), places("msg_1_0", 5)), (vec![0], vec![0]));
+        assert_eq!(places("msg_1_1", 5), [5, 6]);
+        assert_eq!(places("msg_1_01", 1), [1, 2]);
+        for whole in 1..40 {
+            let mut parts = vec![(BatchId::from("msg_1"), 0, whole)];
+            while let Some((id, before, length)) = parts.pop() {
+                assert!(id.places(length).contains(&before), "{id} of {whole}");
+                if length > 1 {
+                    let ([a, b], first) = (id.halves(), usize::div_ceil(length, 2));
+                    parts.push((a, before, first));
+                    parts.push((b, before + first, length - first));
+                }
+            }
         }
     }
 

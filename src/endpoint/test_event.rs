@@ -44,7 +44,7 @@ pub async fn send(subscriber: &Subscriber) -> Result<Report, String> {
     let started = clock::instant();
     let attempt = webhook.test(request).await;
     let took = clock::instant() - started;
-    let (outcome, verdict) = verdict(subscriber, &attempt.outcome, body.len());
+    let (outcome, verdict) = verdict(subscriber, &attempt, body.len());
     Ok(Report {
         subscriber: subscriber.name.clone(),
         url: subscriber.url.with_path(),
@@ -116,7 +116,7 @@ fn body(subscriber: &Subscriber, batch_id: &BatchId) -> Vec<u8> {
 /// The verdict of a daemon on a first attempt with one event: in one word, and for people.
 fn verdict(
     subscriber: &Subscriber,
-    outcome: &Outcome,
+    TestAttempt { outcome, refused_coding, .. }: &TestAttempt,
     body_bytes: usize,
 ) -> (&'static str, String) {
     let now = clock::now();
@@ -140,6 +140,11 @@ fn verdict(
             write!(text, ": {why}").unwrap_or_default();
         }
         Outcome::Delivered { .. } | Outcome::Retry { .. } | Outcome::Gone { .. } => {}
+    }
+    if *refused_coding {
+        text.push_str(
+            "; it was sent compressed before, and answered 415: set http.compression = \"none\"",
+        );
     }
     let for_humans = |d: Duration| humantime::format_duration(d).to_string();
     if let Some(wish) = decided.shortened_from {

@@ -25,7 +25,7 @@ use reqwest::{
 
 use self::{
     body::{Late, Outgoing, Progress},
-    compression::{Compressing, GZIP, compressed, is_about_coding},
+    compression::{Coding, Compressing, GZIP, compressed, is_about_coding},
     connections::Connections,
     errors::NotAnswered,
     resolver::Lookup,
@@ -87,6 +87,8 @@ struct Response {
 pub struct TestAttempt {
     /// The headers that were sent; the value of a secret one is `None`.
     pub headers: Vec<(String, Option<String>)>,
+    /// It was sent compressed before, and answered 415.
+    pub refused_coding: bool,
     /// The status, and the beginning of the text on one line.
     pub answer: Option<(u16, String)>,
     pub outcome: Outcome,
@@ -181,7 +183,7 @@ impl Webhook {
 
     async fn send_at(&self, request: Request, now: Instant) -> Outcome {
         match self.request(&request) {
-            Ok(headers) => self.judge(self.attempt(headers, request.body, now).await),
+            Ok(headers) => self.judge(self.attempt(headers, request.body, now).await.0),
             Err(failure) => retry(failure),
         }
     }
@@ -203,13 +205,26 @@ impl Webhook {
         let headers = match self.request(&request) {
             Ok(headers) => headers,
             Err(failure) => {
-                return TestAttempt { headers: Vec::new(), answer: None, outcome: retry(failure) };
+                return TestAttempt {
+                    headers: Vec::new(),
+                    refused_coding: false,
+                    answer: None,
+                    outcome: retry(failure),
+                };
             }
         };
-        let sent = shown(&headers);
-        let result = self.attempt(headers, request.body, clock::instant()).await;
+        let mut sent = shown(&headers);
+        let (result, coding) = self.attempt(headers, request.body, clock::instant()).await;
+        if coding == Coding::Gzip {
+            sent.push((CONTENT_ENCODING.to_string(), Some(GZIP.to_owned())));
+        }
         let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
-        TestAttempt { headers: sent, answer, outcome: self.judge(result) }
+        TestAttempt {
+            headers: sent,
+            refused_coding: coding == Coding::PlainAgain,
+            answer,
+            outcome: self.judge(result),
+        }
     }
 
     /// The headers of an attempt now.
@@ -226,29 +241,33 @@ impl Webhook {
     }
 
     /// Sends the request compressed, where that is configured and was not refused. One that is
-    /// refused for that is sent again as it is.
+    /// refused for that is sent again as it is. Returns how it was sent last.
     async fn attempt(
         &self,
         headers: HeaderMap,
         body: Bytes,
         now: Instant,
-    ) -> Result<Response, NotAnswered> {
+    ) -> (Result<Response, NotAnswered>, Coding) {
         let Some(compressing) = self.compressing.as_ref().filter(|c| !c.is_refused()) else {
-            return self.exchange(headers, body, now).await;
+            return (self.exchange(headers, body, now).await, Coding::Plain);
         };
-        let internal = |why| NotAnswered::Failed(Failure::Internal(why));
-        let small = compressed(&body).await.map_err(internal)?;
+        let small = match compressed(&body).await {
+            Ok(small) => small,
+            Err(why) => return (Err(NotAnswered::Failed(Failure::Internal(why))), Coding::Gzip),
+        };
         let mut with_coding = headers.clone();
         with_coding.insert(CONTENT_ENCODING, HeaderValue::from_static(GZIP));
-        let answer = self.exchange(with_coding, small, now).await?;
-        if !is_about_coding(answer.status) {
-            return Ok(answer);
+        let answer = self.exchange(with_coding, small, now).await;
+        if !answer.as_ref().is_ok_and(|answer| is_about_coding(answer.status)) {
+            return (answer, Coding::Gzip);
         }
-        let plain = self.exchange(headers, body, clock::instant()).await?;
-        if Answer::of(plain.status, self.success) == Answer::Accepted {
+        let plain = self.exchange(headers, body, clock::instant()).await;
+        let is_accepted =
+            |answer: &Response| Answer::of(answer.status, self.success) == Answer::Accepted;
+        if plain.as_ref().is_ok_and(is_accepted) {
             compressing.set_refused(true);
         }
-        Ok(plain)
+        (plain, Coding::PlainAgain)
     }
 
     /// Sends a request and reads the answer. `http.timeout` applies once to getting a connection and

@@ -62,11 +62,22 @@ pub fn body<'e>(
     events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e str>)>,
     bytes: usize,
 ) -> Vec<u8> {
+    body_of_part(format, metadata, (batch_id, 0), events, bytes)
+}
+
+/// As [`body`], of a part: its first event has `before` others before it in the batch with this id.
+pub fn body_of_part<'e>(
+    format: Format,
+    metadata: &Metadata,
+    (batch_id, before): (&str, usize),
+    events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e str>)>,
+    bytes: usize,
+) -> Vec<u8> {
     if is_event(format) {
         return format.splice(events.map(|(event, _)| event), bytes);
     }
     let entries = events.enumerate().map(|(n, (event, message_id))| {
-        let identity = Identity { message_id, batch_id, position: n + 1 };
+        let identity = Identity { message_id, batch_id, position: before + n + 1 };
         entry(format, metadata, event, identity)
     });
     let entries: Vec<Vec<u8>> = entries.collect();
@@ -102,6 +113,18 @@ pub fn event_in(format: Format, entry: &[u8]) -> Option<&[u8]> {
         }
         Format::Slack => None,
     }
+}
+
+/// Whether an entry has all bytes of its event, so that one that is too large alone does not fit.
+pub const fn holds_event(format: Format) -> bool {
+    !matches!(format, Format::Slack)
+}
+
+/// Why an event has no entry in this format, if it has none.
+pub fn unfit(format: Format, event: &[u8]) -> Option<&'static str> {
+    let is_nameless = || head(event).0.is_some_and(|event_type| event_type.get() == "\"\"");
+    let is_unfit = format == Format::CloudEventsBatch && is_nameless();
+    is_unfit.then_some("the event's field `event` is empty, and the `type` of a CloudEvent is not")
 }
 
 /// Whether events with the same bytes can have entries that differ.
@@ -224,18 +247,22 @@ fn line(event: &[u8]) -> Vec<u8> {
     json.trim_start_matches('"').strip_suffix('"').unwrap_or_default().as_bytes().to_vec()
 }
 
-/// A stranger's text without effect in a chat: it is one line, links nothing, mentions nobody.
+/// A stranger's text without effect in a chat: one line in reading order, which mentions nobody, and
+/// has no link with another text or image (`[text](…)`) and no block of code.
 fn inert(text: &str) -> String {
     let mut inert = String::with_capacity(text.len() + 16);
     let mut before = ' ';
     for c in text.chars() {
+        match (c, before) {
+            ('(', ']') | ('`', '`') => inert.push(ZERO_WIDTH_SPACE),
+            _ => {}
+        }
         match c {
             '&' => inert.push_str("&amp;"),
             '<' => inert.push_str("&lt;"),
             '>' => inert.push_str("&gt;"),
-            '\u{2028}' | '\u{2029}' => inert.push(' '),
-            _ if c.is_control() => inert.push(' '),
-            '@' if !before.is_alphanumeric() => {
+            _ if c.is_control() || is_layout(c) => inert.push(' '),
+            '@' if !before.is_ascii_alphanumeric() => {
                 inert.push('@');
                 inert.push(ZERO_WIDTH_SPACE);
             }
@@ -244,6 +271,12 @@ fn inert(text: &str) -> String {
         before = c;
     }
     inert
+}
+
+/// Characters that break lines, or change the order in which what follows is read (Unicode Standard
+/// Annex 9).
+const fn is_layout(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{61c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]
@@ -344,6 +377,10 @@ mod tests {
                 "&lt;!channel&gt;: @\u{200b}here &amp; @\u{200b} @\u{200b}all &lt;https://e.example|x&gt;",
             ),
             (r#"{"event":"a","description":"ada@example.com"}"#, "ada@example.com"),
+            (
+                r#"{"event":"a","description":"\u00e9@all [x](y) ```z \u202eb"}"#,
+                "\u{e9}@\u{200b}all [x]\u{200b}(y) `\u{200b}`\u{200b}`z  b",
+            ),
             (r#"{"event":"a","description":"\"\"\"\\n"}"#, "\"\"\"\\n"),
         ] {
             assert_eq!(line(event), expected);

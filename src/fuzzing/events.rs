@@ -91,7 +91,8 @@ fn lines(body: &[u8], events: usize) {
     let mentions = |rest: &str| rest.starts_with(char::is_alphanumeric);
     let mut before = ' ';
     for (at, c) in text.char_indices() {
-        assert!(c != '@' || before.is_alphanumeric() || !mentions(&text[at + 1..]));
+        assert!(c != '@' || before.is_ascii_alphanumeric() || !mentions(&text[at + 1..]));
+        assert!((before, c) != (']', '(') && (before, c) != ('`', '`'));
         before = c;
     }
 }

@@ -174,8 +174,10 @@ struct Hunt<'p> {
     prints: &'p [Print],
     format: Format,
     metadata: &'p Metadata,
-    /// The id of the batch in which the events were sent first.
+    /// The id of the batch in which the events were sent first, and for a part of it how many may
+    /// have been before it there.
     whole: BatchId,
+    before: Vec<usize>,
     sha256: [u8; 32],
     event_ids: bool,
     /// Of this tenant's events alone.
@@ -204,6 +206,11 @@ impl<'p> Hunt<'p> {
             format,
             metadata: &subscriber.metadata,
             whole: parents.last().unwrap_or_else(|| delivery.id.clone()),
+            before: if entry::has_identity(format) {
+                delivery.id.places(prints.len())
+            } else {
+                vec![0]
+            },
             sha256,
             event_ids: subscriber.event_ids,
             tenant: subscriber.tenant.clone(),
@@ -257,10 +264,9 @@ impl<'p> Hunt<'p> {
     fn of_latest(&mut self) -> Option<Vec<u8>> {
         let latest = |print: &Print| self.rows.get(*self.found.get(print)?);
         let rows: Vec<EventRow> = self.prints.iter().filter_map(latest).cloned().collect();
-        let is_it = |body: &Vec<u8>| <[u8; 32]>::from(Sha256::digest(body)) == self.sha256;
         [self.event_ids, !self.event_ids]
             .into_iter()
-            .find_map(|event_ids| self.body(rows.iter(), event_ids).filter(is_it))
+            .find_map(|event_ids| self.body(rows.iter(), event_ids))
     }
 
     /// The body, made of rows in a run. Equal events have different ids, which are in the body: a
@@ -281,9 +287,10 @@ impl<'p> Hunt<'p> {
             // Only of entries that have ids besides the field are there more than those with it.
             let alone = entry::has_identity(self.format).then_some(false);
             for event_ids in std::iter::once(true).chain(alone) {
-                let body = self.body(run.iter().rev(), event_ids)?;
-                self.budget = self.budget.saturating_sub(body.len());
-                if <[u8; 32]>::from(Sha256::digest(&body)) == self.sha256 {
+                let bytes: usize =
+                    run.iter().filter_map(|row| row.body.as_ref()).map(Bytes::len).sum();
+                self.budget = self.budget.saturating_sub(bytes * self.before.len());
+                if let Some(body) = self.body(run.iter().rev(), event_ids) {
                     return Some(body);
                 }
                 if self.budget == 0 {
@@ -294,7 +301,7 @@ impl<'p> Hunt<'p> {
         None
     }
 
-    /// `None` if bytes are missing.
+    /// The body that was sent; `None` if bytes are missing, or others were sent.
     fn body<'r>(
         &self,
         rows: impl Iterator<Item = &'r EventRow>,
@@ -304,7 +311,12 @@ impl<'p> Hunt<'p> {
         let bodies = rows.map(with_id).collect::<Option<Vec<(Bytes, Option<&str>)>>>()?;
         let bytes = bodies.iter().map(|(body, _)| body.len()).sum();
         let events = bodies.iter().map(|(body, id)| (&body[..], *id));
-        Some(entry::body(self.format, self.metadata, self.whole.as_str(), events, bytes))
+        let of_part = |before: &usize| {
+            let place = (self.whole.as_str(), *before);
+            entry::body_of_part(self.format, self.metadata, place, events.clone(), bytes)
+        };
+        let is_it = |body: &Vec<u8>| <[u8; 32]>::from(Sha256::digest(body)) == self.sha256;
+        self.before.iter().map(of_part).find(is_it)
     }
 
     /// Whether other rows with the same prints can make another body.
@@ -406,6 +418,44 @@ mod tests {
         let started = Change::Started { attempt: 1, contents, by: "me".to_owned() };
         store.record(vec![change(started), change(Change::Delivered)]).await.expect("records");
         store.delivery("msg_1").await.expect("reads").expect("is there")
+    }
+
+    #[tokio::test]
+    async fn a_part_whose_entries_have_their_places_is_rebuilt_wherever_it_was_in_the_whole() {
+        let format = Format::CloudEventsBatch;
+        let metadata = Metadata { source: Some("/a".to_owned()), ..Metadata::default() };
+        let subscriber = Subscriber { metadata: metadata.clone(), ..today(false) };
+        for with_ids in [true, false] {
+            let bodies: Vec<String> =
+                (0..7).map(|n| format!(r#"{{"event":"a","n":{n}}}"#)).collect();
+            let rows: Vec<NewRow> = bodies.iter().zip(0..).map(|(body, n)| new(body, n)).collect();
+            let without = |row: &NewRow| NewRow { message_id: None, ..row.clone() };
+            let rows = if with_ids { rows } else { rows.iter().map(without).collect() };
+            let with_id = rows.iter().map(|row| (&row.body[..], row.message_id.as_deref()));
+            let whole = Batch {
+                id: BatchId::from("msg_0123"),
+                body: entry::body(format, &metadata, "msg_0123", with_id, 0).into(),
+                format,
+                events: 7,
+                attempts: 1,
+                first_attempt_at: None,
+                traceparent: None,
+                attempt_log: AttemptLog::default(),
+                prints: Some(bodies.iter().map(|body| Print::of(body.as_bytes())).collect()),
+                replay: false,
+            };
+            let mut parts = vec![whole];
+            while let Some(part) = parts.pop() {
+                let store = FakeStore::default();
+                store.append(rows.clone()).await.expect("appends");
+                let prints = part.prints.as_ref().expect("prints").to_vec();
+                let known = delivery(&store, format, &part.body, prints).await;
+                let known = Delivery { id: part.id.clone(), ..known };
+                let again = rebuild(&store, &known, &subscriber).await.expect("rebuilds");
+                assert_eq!((again.id, again.body), (part.id.clone(), part.body.clone()));
+                parts.extend(part.halves().into_iter().flatten());
+            }
+        }
     }
 
     #[tokio::test]

@@ -156,9 +156,10 @@ fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> Batc
     let ids = if subscriber.event_ids { "with ids" } else { "" };
     let mut form = format!("{} {ids}", subscriber.format.label());
     let Metadata { source, sourcetype, index } = &subscriber.metadata;
-    for text in [source, sourcetype, index].into_iter().flatten() {
-        form.push('\0');
-        form.push_str(text);
+    for (name, text) in [("source", source), ("sourcetype", sourcetype), ("index", index)] {
+        if let Some(text) = text {
+            form.push_str(&format!("\0{name}={text}"));
+        }
     }
     BatchId::of_events(
         &subscriber.name,

@@ -110,7 +110,9 @@ fn prepare(
             subscriber.batch.max_bytes
         )
     };
-    if !batcher.fits(event.body.len()) {
+    let Subscriber { format, metadata, .. } = subscriber;
+    let holds_event = entry::holds_event(*format);
+    if holds_event && !batcher.fits(event.body.len()) {
         return Err((Reason::TooLarge, too_large()));
     }
     let timestamp = match &event.checked {
@@ -122,13 +124,15 @@ fn prepare(
     let mut added = None;
     if let Some(with_id) = id.and_then(|id| with_id(&event.body, id)) {
         let WithId { body, added: field } = with_id;
-        if !batcher.fits(body.len()) {
+        if holds_event && !batcher.fits(body.len()) {
             return Err((Reason::TooLarge, format!("with its event_id {}", too_large())));
         }
         event.body = body.into();
         added = Some(field);
     }
-    let Subscriber { format, metadata, .. } = subscriber;
+    if let Some(why) = entry::unfit(*format, &event.body) {
+        return Err((Reason::InvalidEvent, why.to_owned()));
+    }
     let bytes = entry::max_len(*format, metadata, &event.body, event.message_id.as_deref());
     if !batcher.fits(bytes) {
         return Err((Reason::TooLarge, format!("in the format {} {}", format.name(), too_large())));
@@ -199,6 +203,13 @@ mod tests {
                 }
             }
         }
+        // A line is short whatever its event is, and a CloudEvent has a type.
+        let slack = subscriber("a", "batch.max_bytes = \"64B\"\nformat = \"slack\"");
+        let large = format!(r#"{{"event":"a","changes":"{}"}}"#, "a".repeat(64));
+        assert_eq!(self::sorted(&slack, vec![Taken::Event(event(&large))]).events.len(), 1);
+        let cloud = subscriber("a", "format = \"cloudevents_batch\"\nsource = \"/a\"");
+        let nameless = self::sorted(&cloud, vec![Taken::Event(event(r#"{"event":""}"#))]);
+        assert_eq!(nameless.dead[0].1.reason, Reason::InvalidEvent);
         let sorted = sorted(&plain, vec![Taken::Event(event(short))]);
         assert_eq!(sorted.events[0].happened_at, Some(NOW + Duration::from_secs(7)));
     }

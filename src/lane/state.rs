@@ -100,7 +100,8 @@ impl<Q: Queue> State<Q> {
             resumed: None,
             retry_requests,
             bucket,
-            plain: false,
+            // What a lane before this one has reported ends with its first configuration.
+            plain: true,
             outage: Outage::default(),
             reporter,
         }
@@ -136,8 +137,10 @@ impl<Q: Queue> State<Q> {
         if self.bucket.as_ref().map(Bucket::rate) != new.http.rate {
             self.bucket = new.http.rate.map(|rate| Bucket::new(rate, clock::instant()));
         }
+        let needs_session = differences.affect(Affects::Session);
         self.report_circuit();
-        differences.affect(Affects::Session)
+        self.report_compression();
+        needs_session
     }
 
     /// Waits until it is known that the subscriber is not paused.

@@ -351,8 +351,9 @@ impl<Q: Queue> Fleet<Q> {
             }
         }
         for (name, lane) in &self.lanes {
-            if !plan.contains_key(name) {
-                lane.configured.borrow().webhook.compress_again();
+            if !plan.contains_key(name) && lane.configured.borrow().webhook.refuses_compression() {
+                // The lane looks at it, and reports that.
+                lane.configured.send_modify(|config| config.webhook.compress_again());
             }
         }
         for (name, config) in plan {

@@ -1,9 +1,13 @@
 //! What a known receiver makes of a request, by its model.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
 use axum::http::HeaderMap;
-use serde_json::{Value, value::RawValue};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use serde_json::value::RawValue;
 
 use super::text;
 use crate::{
@@ -13,7 +17,7 @@ use crate::{
         secret::Secret,
         signature::{self, Encoding, Scheme, Signer},
     },
-    event::payload::Format,
+    event::{head, payload::Format},
 };
 
 /// A request as it came.
@@ -59,8 +63,8 @@ pub(super) fn judge(
         Ok(events) => {
             let (status, body) = model.success;
             let is_old =
-                |event: &&Value| model.max_age.is_some_and(|age| is_older(event, age, now));
-            let dropped = events.iter().filter(is_old).count();
+                |event: &&RawValue| model.max_age.is_some_and(|age| is_older(event, age, now));
+            let dropped = events.iter().map(|event| &**event).filter(is_old).count();
             Verdict { status, body, refusal: None, dropped }
         }
         Err(refusal) => {
@@ -76,10 +80,9 @@ fn taken(
     given: &Given<'_>,
     secrets: &[Secret],
     now: SystemTime,
-) -> Result<Vec<Value>, Refusal> {
-    credentials(model, given, secrets, now)?;
-    let content_type = text(given.headers, "content-type").unwrap_or_default();
-    if !model.content_types.is_empty() && !model.content_types.contains(&content_type) {
+) -> Result<Vec<Box<RawValue>>, Refusal> {
+    keys(model, given, secrets)?;
+    if !model.takes_type(text(given.headers, "content-type").unwrap_or_default()) {
         return Err(Refusal::ContentType);
     }
     let body = match text(given.headers, "content-encoding") {
@@ -87,19 +90,21 @@ fn taken(
         Some("gzip") if model.gzip => given.body.ok_or(Refusal::NotJson)?,
         Some(_) => return Err(Refusal::Coding),
     };
+    signature(model, given, secrets, now)?;
     if model.max_bytes.is_some_and(|most| body.len() > most) {
         return Err(Refusal::TooLarge);
     }
     if body.trim_ascii().is_empty() {
         return Err(Refusal::Empty);
     }
+    // Raw: some events are no values for serde_json, such as those with 1e400.
     let values = serde_json::Deserializer::from_slice(body).into_iter::<Box<RawValue>>();
     let values = values.collect::<Result<Vec<_>, _>>().map_err(|_| Refusal::NotJson)?;
-    // What serde_json cannot hold, such as 1e400, others can: it is some value.
-    let values: Vec<Value> =
-        values.iter().map(|raw| serde_json::from_str(raw.get()).unwrap_or_default()).collect();
     let events = model.formats.iter().find_map(|format| events(*format, &values));
     let events = events.ok_or(Refusal::Shape)?;
+    if events.iter().any(|event| matches!(event.get(), "null" | "\"\"")) {
+        return Err(Refusal::Blank);
+    }
     if model.max_events.is_some_and(|most| events.len() > most) {
         return Err(Refusal::TooManyEvents);
     }
@@ -107,27 +112,32 @@ fn taken(
 }
 
 /// The events of a body's values, if it is of this format.
-fn events(format: Format, values: &[Value]) -> Option<Vec<Value>> {
-    let objects = |values: &[Value]| values.iter().all(Value::is_object).then(|| values.to_vec());
+fn events(format: Format, values: &[Box<RawValue>]) -> Option<Vec<Box<RawValue>>> {
+    let objects = |values: &[Box<RawValue>]| {
+        values.iter().all(|value| value.get().starts_with('{')).then(|| values.to_vec())
+    };
     match (format, values) {
-        (Format::JsonArray | Format::CloudEventsBatch, [Value::Array(all)]) => objects(all),
-        (Format::Json, [one]) => objects(one.get("events")?.as_array()?),
-        (Format::Single, [one]) => objects(std::slice::from_ref(one)),
-        (Format::JsonLines, all) => objects(all),
-        (Format::SplunkHec, all) => all.iter().map(|one| one.get("event").cloned()).collect(),
-        (Format::Slack, [one]) => {
-            one.get("text")?.as_str().filter(|text| !text.is_empty()).map(|_| vec![one.clone()])
+        (Format::JsonArray | Format::CloudEventsBatch, [one]) => {
+            objects(&serde_json::from_str::<Vec<Box<RawValue>>>(one.get()).ok()?)
         }
+        (Format::Json, [one]) => {
+            objects(&serde_json::from_str::<Vec<Box<RawValue>>>(field(one, "events")?.get()).ok()?)
+        }
+        (Format::Single, [_]) | (Format::JsonLines, _) => objects(values),
+        (Format::SplunkHec, all) => all.iter().map(|one| field(one, "event")).collect(),
+        (Format::Slack, [one]) => field(one, "text")
+            .filter(|text| text.get().starts_with('"') && text.get() != "\"\"")
+            .map(|text| vec![text]),
         _ => None,
     }
 }
 
-fn credentials(
-    model: &Model,
-    given: &Given<'_>,
-    secrets: &[Secret],
-    now: SystemTime,
-) -> Result<(), Refusal> {
+/// The value of an object's field.
+fn field(object: &RawValue, name: &str) -> Option<Box<RawValue>> {
+    serde_json::from_str::<HashMap<String, Box<RawValue>>>(object.get()).ok()?.remove(name)
+}
+
+fn keys(model: &Model, given: &Given<'_>, secrets: &[Secret]) -> Result<(), Refusal> {
     let is_right = |key: &str| secrets.is_empty() || secrets.iter().any(|s| s.expose() == key);
     for name in model.headers {
         let key = text(given.headers, name).ok_or(Refusal::NoCredentials)?;
@@ -135,16 +145,31 @@ fn credentials(
             return Err(Refusal::WrongCredentials);
         }
     }
-    if let Some(scheme) = model.authorization {
-        let value = text(given.headers, "authorization").ok_or(Refusal::NoCredentials)?;
-        let (given_scheme, token) = value.split_once(' ').ok_or(Refusal::BadCredentials)?;
-        if given_scheme != scheme {
-            return Err(Refusal::BadCredentials);
-        }
-        if !is_right(token) {
-            return Err(Refusal::WrongCredentials);
-        }
+    if model.authorization.is_empty() {
+        return Ok(());
     }
+    let value = text(given.headers, "authorization").ok_or(Refusal::NoCredentials)?;
+    let (scheme, token) = value.split_once(' ').ok_or(Refusal::BadCredentials)?;
+    if !model.authorization.contains(&scheme) {
+        return Err(Refusal::BadCredentials);
+    }
+    let token = match scheme {
+        "Basic" => {
+            let pair = BASE64.decode(token).ok().and_then(|pair| String::from_utf8(pair).ok());
+            let password = pair.as_ref().and_then(|pair| pair.split_once(':'));
+            password.ok_or(Refusal::BadCredentials)?.1.to_owned()
+        }
+        _ => token.to_owned(),
+    };
+    if is_right(&token) { Ok(()) } else { Err(Refusal::WrongCredentials) }
+}
+
+fn signature(
+    model: &Model,
+    given: &Given<'_>,
+    secrets: &[Secret],
+    now: SystemTime,
+) -> Result<(), Refusal> {
     let Some((header, prefix)) = model.signature.filter(|_| !secrets.is_empty()) else {
         return Ok(());
     };
@@ -168,9 +193,14 @@ fn credentials(
     if is_genuine { Ok(()) } else { Err(Refusal::WrongCredentials) }
 }
 
-/// Whether an event's `timestamp` is older than this.
-fn is_older(event: &Value, age: Duration, now: SystemTime) -> bool {
-    let at = event.get("timestamp").and_then(Value::as_u64).map(Duration::from_secs);
+/// Whether an event's `timestamp` is older than this. In milliseconds it is as well as in seconds.
+fn is_older(event: &RawValue, age: Duration, now: SystemTime) -> bool {
+    const MILLISECONDS: u64 = 100_000_000_000;
+    let at = head(event.get().as_bytes()).ok().and_then(|head| head.timestamp);
+    let at = at.map(|at| match at {
+        MILLISECONDS.. => Duration::from_millis(at),
+        _ => Duration::from_secs(at),
+    });
     let at = at.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
     at.is_some_and(|at| now.duration_since(at).is_ok_and(|old| old > age))
 }

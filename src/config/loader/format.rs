@@ -81,11 +81,7 @@ fn text(
     }
     let sound = (1..=MAX_TEXT).contains(&text.len()) && !text.contains(char::is_control);
     // CloudEvents 1.0: a non-empty URI reference.
-    let is_uri = format != Format::CloudEventsBatch
-        || url::Url::options()
-            .base_url(url::Url::parse("x://host/").ok().as_ref())
-            .parse(&text)
-            .is_ok_and(|_| text.bytes().all(|b| b.is_ascii_graphic()));
+    let is_uri = format != Format::CloudEventsBatch || is_uri_reference(&text);
     if !sound {
         reader.report(
             &value,
@@ -127,6 +123,20 @@ fn is_of(
     None
 }
 
+/// Whether a text can be a URI reference (RFC 3986, section 4.1).
+fn is_uri_reference(text: &str) -> bool {
+    let is_hex =
+        |rest: &str| rest.len() >= 2 && rest.bytes().take(2).all(|b| b.is_ascii_hexdigit());
+    let escaped = text.split('%').skip(1).all(is_hex);
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&b);
+    let first = text.split(['/', '?', '#']).next().unwrap_or_default();
+    // A `:` in the first segment is the end of a scheme.
+    let scheme = first.split_once(':').map_or("x", |(scheme, _)| scheme);
+    let is_scheme = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    escaped && is_scheme && text.bytes().all(allowed) && text.matches('#').count() < 2
+}
+
 /// Whether a text is a media type with or without parameters (RFC 9110, section 8.3.1).
 fn is_media_type(text: &str) -> bool {
     let is_token = |text: &str| {
@@ -146,6 +156,26 @@ fn is_media_type(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn uri_references_are_told_from_other_texts() {
+        for sound in [
+            "/audit",
+            "audit",
+            "a/b:c",
+            "urn:audit:1",
+            "https://e.example/a?b=%20#c",
+            "?x",
+            "./a:b",
+        ] {
+            assert!(is_uri_reference(sound), "{sound}");
+        }
+        for wrong in
+            ["a b", "/a{b}", "/a|b", "<c>", "/%zz", "/%2", "1:2:3", "::", "\\d", "/\u{e9}", "#a#b"]
+        {
+            assert!(!is_uri_reference(wrong), "{wrong}");
+        }
+    }
 
     #[test]
     fn media_types_are_told_from_other_texts() {

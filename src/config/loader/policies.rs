@@ -46,7 +46,7 @@ pub(super) fn batch(reader: &Reader<'_>, group: &Layers<'_>) -> Option<BatchPoli
 pub(super) fn fitting(
     reader: &Reader<'_>,
     batch: BatchPolicy,
-    format: Format,
+    (format, by): (Format, &str),
     group: &Layers<'_>,
 ) -> Option<BatchPolicy> {
     let Some(most) = format.most_events().filter(|most| *most < batch.max_events) else {
@@ -55,7 +55,7 @@ pub(super) fn fitting(
     if group.layer("max_events") == Layer::Own
         && let Some(v) = group.get("max_events")
     {
-        reader.report(&v, format!("must be at most {most} with format = \"{}\"; leave it out, or choose another format", format.name()));
+        reader.report(&v, format!("must be at most {most} with format = \"{}\"{by}; leave it out, or choose another format", format.name()));
         return None;
     }
     Some(BatchPolicy { max_events: most, ..batch })

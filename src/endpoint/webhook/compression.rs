@@ -32,6 +32,15 @@ impl Compressing {
     }
 }
 
+/// How a request was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Coding {
+    Plain,
+    Gzip,
+    /// Plain, after the receiver refused it compressed.
+    PlainAgain,
+}
+
 /// Whether a receiver may have answered so because a request was compressed.
 pub(super) fn is_about_coding(status: u16) -> bool {
     status == StatusCode::UNSUPPORTED_MEDIA_TYPE.as_u16()

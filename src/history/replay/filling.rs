@@ -135,7 +135,8 @@ pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
 fn sendable(order: &ReplayOrder, row: &EventRow) -> Option<(Bytes, usize)> {
     let ReplayOrder { format, metadata, .. } = order;
     let fits = |bytes: usize| format.body_len(1, bytes) <= order.max_bytes;
-    let body = row.body.as_ref().filter(|body| fits(body.len()) && head(body).is_ok())?;
+    let is_fit = |body: &[u8]| head(body).is_ok() && entry::unfit(*format, body).is_none();
+    let body = row.body.as_ref().filter(|body| is_fit(body))?;
     let id = row.message_id.as_deref();
     let body = as_sent(body, id.filter(|_| order.event_ids));
     let bytes = max_len(*format, metadata, &body, id);

@@ -193,6 +193,7 @@ async fn compressed_requests_are_signed_before_and_are_plain_for_who_refuses_the
     // It answers 415 to everything: that is not about the compression.
     let neither = Receiver::start(|_, n| status(if n < 2 { 415 } else { 200 })).await;
     let text = QUICK.to_owned()
+        + &Api::new().section()
         + &subscriber("takes", &takes.url, GZIP)
         + &subscriber("refuses", &refuses.url, GZIP)
         + &subscriber("neither", &neither.url, GZIP);
@@ -238,10 +239,16 @@ async fn compressed_requests_are_signed_before_and_are_plain_for_who_refuses_the
     let before = refuses.count();
     kill("-HUP", daemon.pid());
     daemon.wait_log("because=\"SIGHUP\"").await;
+    eventually("the status forgets it", async || !refused("refuses")).await;
     queue.publish(TYPE, (300..301).map(event)).await;
     refuses.wait_all(301).await;
     assert!(is_gzip(&refuses.requests()[before]));
-    eventually("the status forgets it", async || !refused("refuses")).await;
+
+    assert!(setup.ok(&["test", "refuses"]).contains("content-encoding: gzip"));
+    refuses.now(refuse);
+    let tested = setup.ok(&["test", "refuses"]);
+    assert!(tested.contains("it was sent compressed before, and answered 415"), "{tested}");
+    assert!(!tested.contains("content-encoding"), "{tested}");
 }
 
 async fn no_second_has_more_requests_or_events_than_the_rate_allows_retries_among_them(

@@ -119,6 +119,7 @@ fn a_receiver_refuses_what_its_documentation_says() {
                 (200, ""),
             ),
             ("elastic", SECRET, "content_type = \"application/json; charset=utf-8\"", (415, TYPE)),
+            ("sentinel", SECRET, "content_type = \"application/json; charset=utf-8\"", (204, "")),
             // One object is one document to it.
             ("elastic", SECRET, "format = \"json\"", (200, "")),
             // It verifies the compressed bytes, and hooktrail signs before.
@@ -176,7 +177,34 @@ fn caps_ages_and_refusals_are_those_of_the_receiver() {
         let at = |age: u64| json!({ "event": "a", "timestamp": now - age });
         let ages = json!([at(0), at(17 * 3600), at(19 * 3600), at(90_000)]);
         assert_eq!(send(ages.to_string()).await.0, 202, "it says nothing of what it drops");
-        assert_eq!(listen.lines().pop().expect("a request")["dropped"], 2);
+        let ages = json!([{ "event": "a", "timestamp": (now - 19 * 3600) * 1000 }]);
+        assert_eq!(send(ages.to_string()).await.0, 202);
+        let lines = listen.lines();
+        let dropped: Vec<_> = lines.iter().rev().take(2).map(|l| l["dropped"].clone()).collect();
+        assert_eq!(dropped, [1, 2], "in milliseconds, and in seconds");
+
+        let listen = Listen::start(&["--as", "splunk-hec", "--secret", SECRET]).await;
+        let send = async |basic: bool, body: &'static str| {
+            let request = client.post(&listen.1).body(body);
+            let request = match basic {
+                true => request.basic_auth("x", Some(SECRET)),
+                false => request.header("authorization", format!("Splunk {SECRET}")),
+            };
+            let answer = request.send().await.expect("an answer");
+            (answer.status().as_u16(), answer.text().await.expect("a text"))
+        };
+        for (basic, body, status, text) in [
+            (true, "{\"event\":{\"event\":\"a\"}}", 200, "Success"),
+            // What serde_json cannot hold.
+            (false, "{\"event\":{\"n\":1e400}}{\"event\":{\"s\":\"\\ud800\"}}", 200, "Success"),
+            (false, "{\"event\":\"\"}", 400, "\"code\":13"),
+            (false, "{\"event\":null}", 400, "\"code\":13"),
+            (false, "{\"event\":1}{\"fields\":{}}", 400, "\"code\":12"),
+            (false, "", 400, "\"code\":5"),
+        ] {
+            let (found, answer) = send(basic, body).await;
+            assert!(found == status && answer.contains(text), "{body}: {found} {answer}");
+        }
     });
 }
 
@@ -197,13 +225,15 @@ fn check_warns_of_what_does_not_fit_the_receiver() {
         let lines = format!("preset = \"{preset}\"\n{}", keys_of(preset, SECRET));
         assert_eq!(found("https://example.com/", &lines), [""; 0], "{preset} fits itself");
     }
+    let basic =
+        "preset = \"splunk-hec\"\nauth = { basic = { username = \"x\", password = \"y\" } }";
+    assert_eq!(found("https://example.com/", basic), [""; 0]);
     let key = keys_of("datadog", SECRET);
     // Valid, and delivers nothing.
     let all = found(INTAKE, "format = \"jsonl\"");
     for part in [
         "and it has no preset",
         "does not read the format \"jsonl\" as events",
-        "answers 400 to the content type application/jsonl: it takes application/json",
         "it retries for 72h, and Datadog's logs intake drops events that are older than 18h",
         "refuses requests without dd-api-key",
     ] {

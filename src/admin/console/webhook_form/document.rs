@@ -85,8 +85,9 @@ pub(super) fn patch(form: &Form) -> Document {
     if form.get("format") != AS_IT_IS {
         patch.set("format", or_null(form.get("format")));
     }
-    for key in OF_FORMATS {
-        patch.set(key, or_null(form.get(key).trim()));
+    // A form that was opened before there were these fields has none of them.
+    for (key, typed) in form.fields().filter(|(key, _)| OF_FORMATS.contains(key)) {
+        patch.set(key, or_null(typed.trim()));
     }
     let patterns = patterns(form);
     patch.set("events", if patterns.is_empty() { Value::Null } else { patterns.into() });
