@@ -241,7 +241,8 @@ fn the_links_of_the_operators_document_lead_somewhere() {
     let document = file("docs/operations.md");
     let anchors = anchors(&document);
     let mut links = 0;
-    for link in document.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+    let all = document.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    for link in all.filter(|link| !link.starts_with("https://")) {
         links += 1;
         match link.split_once('#') {
             Some(("", anchor)) => assert!(anchors.contains(anchor), "#{anchor} is no heading"),

@@ -1,9 +1,11 @@
 //! Presets, each sent to its own receiver as `listen --as` plays it; and what does not fit.
 
+use hooktrail::config::model::Model;
 use reqwest::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 
 use super::trying::Listen;
+use crate::documents::packaging::file;
 use crate::support::{
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually,
@@ -101,6 +103,19 @@ fn each_preset_delivers_to_its_receiver_and_to_no_other() {
             }
         }
     });
+}
+
+#[test]
+fn the_operators_document_names_each_preset_and_the_documentation_of_its_receiver() {
+    let document = file("docs/operations.md");
+    let (_, section) = document.split_once("### Known receivers").expect("the section");
+    for model in Model::ALL {
+        let row = section.lines().find(|l| l.starts_with(&format!("| `{}` |", model.name)));
+        let row = row.unwrap_or_else(|| panic!("{} has no row", model.name));
+        assert!(model.name == "mailtrap" || row.contains(model.documentation), "{row}");
+        assert!(row.contains(&format!("`{}`", model.formats[0].name())), "{row}");
+    }
+    assert_eq!(PRESETS, Model::ALL.map(|model| model.name));
 }
 
 #[test]
