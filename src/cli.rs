@@ -81,7 +81,7 @@ enum Command {
     /// and what the daemon would do
     Test(test::Args),
     /// Make a signing secret and print it
-    Secret,
+    Secret(secret::Args),
     /// Print a JSON Schema: of what receivers get, or of the configuration, for editors that
     /// complete and check it
     Schema {
@@ -214,10 +214,7 @@ impl Cli {
                 Ok(std::io::Write::write_all(&mut std::io::stdout(), &complete::script(shell)?)?)
             }
             Command::Man => man::run(Self::command()),
-            Command::Secret => {
-                println!("{}", secret::new_secret());
-                Ok(())
-            }
+            Command::Secret(args) => secret::run(&args),
             Command::Schema { of } => {
                 print!("{}", of.text());
                 Ok(())
@@ -269,7 +266,7 @@ impl Cli {
                     | Command::Completions { .. }
                     | Command::Man
                     | Command::Listen(_)
-                    | Command::Secret
+                    | Command::Secret(_)
                     | Command::Status(_)
                     | Command::Pause { .. }
                     | Command::Reload

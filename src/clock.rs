@@ -99,6 +99,14 @@ pub fn batch_id() -> String {
     format!("msg_{:032x}", rand::random::<u128>())
 }
 
+/// A new trace with its first span, as the header `traceparent` has it (W3C Trace Context, level 1).
+/// Sampled: whether it is kept is for those who collect it.
+pub fn traceparent() -> String {
+    // Zero is no id.
+    let (trace, span) = (rand::random::<u128>().max(1), rand::random::<u64>().max(1));
+    format!("00-{trace:032x}-{span:016x}-01")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,7 @@ mod outcome;
 mod pause;
 mod print;
 mod subscriber_name;
+mod trace;
 
 pub use self::{
     attempt_log::{AttemptLog, AttemptResult, FailedAttempt},
@@ -21,4 +22,5 @@ pub use self::{
     pause::{Pause, PauseState, PauseStates},
     print::{Print, Prints},
     subscriber_name::{NotAName, SubscriberName},
+    trace::{Trace, is_traceparent},
 };

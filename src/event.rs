@@ -5,6 +5,7 @@
 //! nothing parses and prints them.
 
 pub mod audience;
+pub mod condition;
 pub mod details;
 pub mod entry;
 mod fields;
@@ -14,6 +15,7 @@ pub mod matcher;
 mod pattern;
 pub mod payload;
 mod pointer;
+pub mod redaction;
 mod tenant;
 
 pub use self::{

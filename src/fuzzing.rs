@@ -12,7 +12,7 @@ mod receiver;
 pub use self::{
     broker::{message, story, wire},
     configuration::config,
-    events::{event, pattern, splice},
+    events::{event, pattern, redact, splice},
     intake::intake,
     receiver::{retry_after, signature},
 };
@@ -27,6 +27,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("intake", intake),
     ("message", message),
     ("pattern", pattern),
+    ("redact", redact),
     ("retry_after", retry_after),
     ("signature", signature),
     ("splice", splice),

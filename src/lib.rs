@@ -39,10 +39,10 @@
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
-//!              · details · inflate · payload · key · fields · entry · pattern · pointer · tenant
-//!              · matcher · audience · event
+//!              · details · inflate · payload · key · fields · entry · pattern · pointer · redaction
+//!              · condition · tenant · matcher · audience · event
 //! delivery/                 the nouns, each defined once
-//!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
+//!              · subscriber_name · outcome · attempt_log · print · trace · batch · dead_letter
 //!              · disposition · depth · pause · delivery
 //! policy/                   decisions without I/O
 //!              · address · retry · batching · circuit_breaker · rate · answer · turn · verdict
@@ -52,7 +52,7 @@
 //!              keys/ · key · show
 //!              managed/ · body
 //!              loader/ · files · origins · queue · tokens · signing · policies · daemon
-//!              · endpoint · start_from · tenant · format
+//!              · endpoint · start_from · tenant · format · values
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · families · subscriber · registry

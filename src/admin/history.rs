@@ -26,7 +26,7 @@ use crate::{
     event::Pattern,
     history::{
         resend,
-        whereabouts::{self, LanesOf},
+        whereabouts::{self, LanesOf, Wanted},
     },
     page::List,
     queue::Queue,
@@ -365,7 +365,7 @@ impl<Q: Queue, S: Store> History<Q, S> {
 
     async fn went(&self, event: &EventRow) -> Result<Vec<whereabouts::Whereabouts>, StoreError> {
         let subscribers = self.reloader.subscribers().borrow().clone();
-        let configured = subscribers.iter().map(|s| (s.name.clone(), s.interest())).collect();
+        let configured = subscribers.iter().map(|s| (s.name.clone(), Wanted::by(s))).collect();
         let pauses: PauseStates = self.queue.pause_states().borrow().clone().unwrap_or_default();
         let lanes = LanesOf { queue: Some(self.queue.clone()), pauses };
         whereabouts::of_event(&self.store, event, &configured, &lanes, clock::now()).await

@@ -436,7 +436,9 @@ impl<Q: Queue, S: Store> Again<Q, S> {
         caller: &Caller,
     ) -> Result<ReplayPreview, Refusal> {
         let new = self.order(name, wanted, caller).await?;
-        let counting = replay::count(&self.store, &new, clock::instant() + COUNT_TIME);
+        let subscriber = self.subscriber(name)?;
+        let deadline = clock::instant() + COUNT_TIME;
+        let counting = replay::count(&self.store, &new, &subscriber, deadline);
         let (events, complete) = counting.await.map_err(away)?;
         let history = self.store.reach().await.map_err(away)?.into();
         Ok(ReplayPreview { subscriber: new.subscriber.to_string(), events, complete, history })

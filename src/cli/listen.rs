@@ -48,7 +48,7 @@ pub(super) struct Args {
     #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_addr, value_name = "HOST:PORT")]
     addr: String,
     /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a
-    /// rotation. Without one nothing is verified. An unverified request is answered 401
+    /// rotation. A public key, whpk_…, verifies `v1a`. Without one nothing is verified. An unverified request is answered 401
     #[arg(long, env = "HOOKTRAIL_LISTEN_SECRET", hide_env_values = true, value_name = "SECRET")]
     secret: Vec<String>,
     /// Be this receiver: refuse what it would refuse, and answer as it does. With --secret the keys,
@@ -242,7 +242,7 @@ fn read_secret(given: &str, any_text: bool) -> Result<Secret, Failed> {
     }
     let secret = Secret::new(secret);
     match signature::standard_key(&secret) {
-        _ if any_text => Ok(secret),
+        _ if any_text || secret.expose().starts_with("whpk_") => Ok(secret),
         Err(why) if secret.expose().starts_with("whsec_") => bad(why),
         // The signature `mailtrap` takes any text.
         Err(_) => {

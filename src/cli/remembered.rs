@@ -16,7 +16,7 @@ use crate::{
     clock,
     config::{Backend, Config, StoreConfig},
     delivery::PauseStates,
-    history::whereabouts::{self, LanesOf},
+    history::whereabouts::{self, LanesOf, Wanted},
     page::{Cursor, List},
     queue::embedded::EmbeddedQueue,
     store::{
@@ -99,7 +99,7 @@ impl<'c> Remembered<'c> {
                 let found = store.event(EventNumber(number)).await.map_err(away)?;
                 let Some(event) = found else { return Ok(None) };
                 let all = config.subscribers.iter();
-                let configured = all.map(|s| (s.name.clone(), s.interest())).collect();
+                let configured = all.map(|s| (s.name.clone(), Wanted::by(s))).collect();
                 let pauses = match queue {
                     Some(queue) => queue.recorded_pauses().await.unwrap_or_default(),
                     None => PauseStates::default(),

@@ -104,9 +104,11 @@ fn text(
 const COLUMNS: [&str; 6] = ["SUBSCRIBER", "STATE", "WHEN", "ATTEMPT", "ANSWER", "BATCH OR REASON"];
 
 fn subscribers(event: &EventWhere, zone: &Zone, width: Option<usize>) -> String {
-    let not_matched = event.went.iter().filter(|w| w.state == "not_matched").count();
+    // Of those whose patterns match, each is shown: also one whose `match` does not.
+    let is_not = |w: &&Whereabouts| w.state == "not_matched" && w.why.is_none();
+    let not_matched = event.went.iter().filter(is_not).count();
     let rows: Vec<[String; 6]> =
-        event.went.iter().filter(|w| w.state != "not_matched").map(|w| row(w, zone)).collect();
+        event.went.iter().filter(|w| !is_not(w)).map(|w| row(w, zone)).collect();
     if rows.is_empty() {
         return match not_matched {
             0 => "no subscriber is known\n".to_owned(),

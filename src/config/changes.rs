@@ -227,6 +227,8 @@ mod tests {
             ("headers", "{ X-A = \"b\" }"),
             ("auth", "{ bearer = \"t\" }"),
             ("event_ids", "true"),
+            ("match", "{ \"/actor/type\" = [\"user\", 7, true] }"),
+            ("redact", "[\"/actor/email\"]"),
             ("paused", "true"),
             ("start_from", "\"-7d\""),
             ("batch.max_events", "1"),
@@ -262,6 +264,12 @@ mod tests {
             ("sourcetype", "splunk_hec", "audit"),
             ("index", "splunk_hec", "main"),
         ];
+        let key = format!("signing_key = \"{}\"", crate::crypto::signature::new_signing_key());
+        assert_eq!(keys(&key), ["signatures", "signing_key"]);
+        assert_eq!(
+            keys_with("redact = [\"/a\"]", "redact_with = { hmac = \"k\" }"),
+            ["redact_with"]
+        );
         for (key, format, value) in of_formats {
             let source = if format == "jsonl" { "" } else { "source = \"/one\"\n" };
             let besides = format!("{source}format = \"{format}\"");
@@ -272,7 +280,11 @@ mod tests {
         let untried: Vec<_> =
             crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
         let why = "a name is another subscriber, `tls` needs files, `tenant` events that have one, and `preset` changes others";
-        assert_eq!(untried, ["name", "tenant", "tls", "preset"], "{why}");
+        assert_eq!(
+            untried,
+            ["name", "tenant", "signing_key", "tls", "redact_with", "preset"],
+            "{why}"
+        );
         assert!(
             keys("paused = false").is_empty(),
             "what is written out and means the same is no change"

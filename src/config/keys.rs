@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     crypto::secret::SecretUrl,
-    event::TenantPlace,
+    event::{TenantPlace, condition::Condition, redaction::With},
     policy::{batching::BatchPolicy, rate::RateOf, retry::MAX_DELAY},
     wording::size,
 };
@@ -704,12 +704,20 @@ pub static SUBSCRIBER: &[Key] = &[
         "signatures",
         "The signatures of a request; [] for none.",
         Shape::List(&Shape::Either(&[
-            Shape::Word(&["standard-webhooks", "mailtrap"]),
+            Shape::Word(&["standard-webhooks", "standard-webhooks-ed25519", "mailtrap"]),
             Shape::Table(SIGNATURE),
         ])),
         &[Requests],
         differs!(signer.schemes()),
         |s| list(s.signer.schemes().iter().map(scheme)),
+    ),
+    subscriber(
+        "signing_key",
+        "The key of standard-webhooks-ed25519, whsk_…, which receivers verify with its public half; \"file:PATH\" reads a file. Signs beside the secrets.",
+        Shape::Text,
+        &[Requests],
+        differs!(signing_key),
+        |s| s.signing_key.as_ref().map(|_| quoted(REDACTED)),
     ),
     subscriber(
         "headers",
@@ -754,6 +762,44 @@ pub static SUBSCRIBER: &[Key] = &[
                 format!("{key} = {}", quoted(&path.display().to_string()))
             };
             (!s.tls.files.is_empty()).then(|| table(s.tls.files.iter().map(file)))
+        },
+    ),
+    subscriber(
+        "match",
+        "Values that events must have, by JSON Pointer (RFC 6901), such as { \"/actor/type\" = [\"user\"] }: a text, a number or true and false are compared by their text; all must hold.",
+        Shape::Map(&Shape::List(&Shape::Either(&[Shape::Text, Shape::Flag, Shape::Whole(i64::MIN, i64::MAX)]))),
+        &[Requests, Session],
+        differs!(conditions),
+        |s| {
+            let values = |c: &Condition| list(c.values.iter().map(|v| quoted(v)));
+            let entry = |c: &Condition| {
+                Some(format!("{} = {}", quoted(c.place.as_str()), values(c)?))
+            };
+            let all = s.conditions.all();
+            (!all.is_empty()).then(|| table(all.iter().filter_map(entry)))
+        },
+    ),
+    subscriber(
+        "redact",
+        "Values that it does not see, by JSON Pointer, such as \"/actor/email\"; `*` is any name or index of one level.",
+        Shape::List(&Shape::Text),
+        &[Requests, Session],
+        differs!(redaction.places()),
+        |s| {
+            let places = s.redaction.places();
+            (!places.is_empty()).then(|| list(places.iter().map(|p| quoted(p.as_str())))).flatten()
+        },
+    ),
+    subscriber(
+        "redact_with",
+        "What stands for them: a text, \"[FILTERED]\" if it is left out; or { hmac = \"${KEY}\" }: a token of 32 hexadecimal digits, the same for the same value.",
+        Shape::Either(&[Shape::Text, Shape::Table(REDACT_WITH)]),
+        &[Requests, Session],
+        differs!(redaction.with()),
+        |s| match s.redaction.with() {
+            _ if s.redaction.is_none() => None,
+            With::Text(text) => Some(quoted(text)),
+            With::Hmac(_) => Some(format!("{{ hmac = {} }}", quoted(REDACTED))),
         },
     ),
     subscriber(
@@ -817,9 +863,17 @@ pub(super) static MANAGED: &[Key] = &[
     read("index", "`index` of splunk_hec.", Shape::Text),
     read("secrets", "The secrets themselves, the current one first.", Shape::List(&Shape::Text)),
     read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
+    read("signing_key", "The key of standard-webhooks-ed25519 itself, whsk_….", Shape::Text),
     read("headers", "Headers of each request.", Shape::Map(&Shape::Text)),
     read("auth", "The authentication of requests.", Shape::Table(AUTH)),
     read("preset", "The receiver, as of [[subscriber]].", Shape::Word(PRESETS)),
+    read(
+        "match",
+        "Values that events must have, as of [[subscriber]].",
+        Shape::Map(&Shape::List(&Shape::Either(&[Shape::Text, Shape::Flag, Shape::Whole(i64::MIN, i64::MAX)]))),
+    ),
+    read("redact", "Values that it does not see, as of [[subscriber]].", Shape::List(&Shape::Text)),
+    read("redact_with", "The text that stands for them.", Shape::Text),
     read("start_paused", "Whether it is paused when it is made.", Shape::Flag),
     read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
     read("http", "Overrides [http], key by key.", Shape::Table(MANAGED_HTTP)),
@@ -847,6 +901,13 @@ pub(super) static MANAGED_HTTP: &[Key] = &[
         Shape::Either(&[Shape::Text, Shape::Table(RATE)]),
     ),
 ];
+
+pub(super) static REDACT_WITH: &[Key] = &[read(
+    "redact_with.hmac",
+    "The secret of the tokens; \"file:PATH\" reads a file.",
+    Shape::Text,
+)
+.required()];
 
 pub(super) static RATE: &[Key] =
     &[read("http.rate.events", "The most events, such as \"10000/s\".", Shape::Text).required()];
@@ -962,9 +1023,13 @@ mod tests {
             "index",
             "secrets",
             "signatures",
+            "signing_key",
             "headers",
             "auth",
             "tls",
+            "match",
+            "redact",
+            "redact_with",
             "event_ids",
             "http.success",
             "http.compression",
@@ -986,6 +1051,9 @@ mod tests {
             "source",
             "sourcetype",
             "index",
+            "match",
+            "redact",
+            "redact_with",
             "event_ids",
             "paused",
             "batch.max_events",
@@ -1014,6 +1082,7 @@ mod tests {
             content_type: _,
             metadata: Metadata { source: _, sourcetype: _, index: _ },
             secrets: _,
+            signing_key: _,
             signer: _,
             headers: _,
             auth: _,
@@ -1033,6 +1102,8 @@ mod tests {
                 },
             retry,
             circuit_breaker: BreakerPolicy { failures: _, open_for: _, max_open_for: _ },
+            conditions: _,
+            redaction: _,
             event_ids: _,
             paused: _,
             start_from: _,
@@ -1046,7 +1117,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 18 of its own, 3, 10, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 18 + 3 + 10 + 7 + 3);
+        // 22 of its own, 3, 10, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 22 + 3 + 10 + 7 + 3);
     }
 }

@@ -12,6 +12,7 @@ mod signing;
 mod start_from;
 mod tenant;
 mod tokens;
+mod values;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
@@ -259,6 +260,8 @@ pub(super) fn of_section<'d>(
         section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
     let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));
     let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
+    let conditions = values::conditions(reader, section);
+    let redaction = values::redaction(reader, section);
     let event_ids = reader.flag(section.get("event_ids"));
     let paused = reader.flag(section.get("paused"));
     let start_from = start_from::start_from(reader, section, defaults.no_replay);
@@ -269,9 +272,9 @@ pub(super) fn of_section<'d>(
         section,
         url.as_ref(),
         headers.as_deref(),
-        signing.as_ref().map(|(_, signer)| signer.schemes()),
+        signing.as_ref().map(|signing| signing.signer.schemes()),
     );
-    let (secrets, signer) = signing?;
+    let signing::Signing { secrets, signing_key, signer } = signing?;
     let format::Bodies { format, content_type, metadata } = bodies?;
     let (line, _) = section.source.position(section.span.start);
     let file = Origin::File { path: section.source.path.clone(), line };
@@ -286,6 +289,7 @@ pub(super) fn of_section<'d>(
         content_type,
         metadata,
         secrets,
+        signing_key,
         signer,
         headers: headers?,
         auth: auth?,
@@ -294,6 +298,8 @@ pub(super) fn of_section<'d>(
         http: http?,
         retry: retry?,
         circuit_breaker: circuit_breaker?,
+        conditions: conditions?,
+        redaction: redaction?,
         event_ids: event_ids?,
         paused: paused?,
         start_from: start_from?,

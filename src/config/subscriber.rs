@@ -22,8 +22,10 @@ use crate::{
     event::{
         Pattern, Tenant,
         audience::{Audience, Interest},
+        condition::Conditions,
         entry::Metadata,
         payload::Format,
+        redaction::Redaction,
     },
     policy::{
         address::AddressPolicy, answer::Success, batching::BatchPolicy,
@@ -187,6 +189,8 @@ pub struct Subscriber {
     /// What the format puts beside each event.
     pub metadata: Metadata,
     pub secrets: Vec<Secret>,
+    /// The key of `v1a` signatures.
+    pub signing_key: Option<Secret>,
     pub signer: Signer,
     /// Headers added to each request; the values may be secrets.
     pub headers: Vec<(HeaderName, Secret)>,
@@ -196,6 +200,10 @@ pub struct Subscriber {
     pub http: HttpPolicy,
     pub retry: RetryPolicy,
     pub circuit_breaker: BreakerPolicy,
+    /// Which events of its patterns it gets.
+    pub conditions: Conditions,
+    /// What it is not to see of them.
+    pub redaction: Redaction,
     /// Whether events without a field `event_id` get one, the producer's message id.
     pub event_ids: bool,
     /// Paused by the configuration, whatever the queue has recorded.

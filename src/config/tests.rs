@@ -235,7 +235,10 @@ events = ["user*"]
         ("h.toml:13:12: subscriber[0].secrets[0]: ", "NOT_SET is not set"),
         ("h.toml:16:7: subscriber[b].url: ", "loopback"),
         ("h.toml:18:11: subscriber[b].events[0]: ", "mixes a wildcard"),
-        ("h.toml:17:15: subscriber[b].signatures[0]: ", "\"standard-webhooks\" or \"mailtrap\""),
+        (
+            "h.toml:17:15: subscriber[b].signatures[0]: ",
+            "\"standard-webhooks\", \"standard-webhooks-ed25519\" or \"mailtrap\"",
+        ),
         ("h.toml:14:1: subscriber[b].secrets: ", "is required"),
     ];
     assert_found(&found, &expected);
@@ -1258,6 +1261,82 @@ fn a_key_that_goes_with_some_formats_is_refused_with_any_other() {
             problems.len() == 1 && problems[0].starts_with(&format!("h.toml:{problem}")),
             "{problems:?}"
         );
+    }
+}
+
+#[test]
+fn a_signing_key_is_checked_and_signs_beside_the_secrets_or_alone() {
+    use crate::crypto::signature::{Scheme, new_signing_key};
+    let key = new_signing_key();
+    let alone = |lines: &str| {
+        load_text(&format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\n{lines}"
+        ))
+    };
+    let schemes = |lines: &str| {
+        let config = alone(lines).unwrap_or_else(|e| panic!("{lines}: {e:?}"));
+        config.subscribers[0].signer.schemes().to_vec()
+    };
+    let line = format!("signing_key = \"{key}\"\n");
+    assert_eq!(schemes(&line), [Scheme::Ed25519]);
+    let secret = "secrets = [\"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\"]\n";
+    let both = [Scheme::StandardWebhooks, Scheme::Ed25519];
+    assert_eq!(schemes(&format!("{line}{secret}")), both);
+    let named = "signatures = [\"standard-webhooks\", \"standard-webhooks-ed25519\"]\n";
+    assert_eq!(schemes(&format!("{line}{secret}{named}")), both);
+    let flipped = key.replacen(&key[30..31], if &key[30..31] == "A" { "B" } else { "A" }, 1);
+    for (wrong, problem) in [
+        (
+            format!("{line}{secret}signatures = [\"standard-webhooks\"]"),
+            "signing_key: signs nothing",
+        ),
+        (format!("{secret}{named}"), "needs `signing_key`"),
+        (format!("{line}{named}"), "secrets: is required for signing"),
+        (
+            "signing_key = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\"".to_owned(),
+            "does not begin with `whsk_`",
+        ),
+        ("signing_key = \"whpk_MfKQ\"".to_owned(), "is the public key, which signs nothing"),
+        ("signing_key = \"whsk_MfKQ\"".to_owned(), "does not hold the 32 or 64 bytes"),
+        ("signing_key = \"whsk_*\"".to_owned(), "is not base64"),
+        (format!("signing_key = \"{flipped}\""), "its public half belongs to another seed"),
+    ] {
+        let problems = alone(&wrong).expect_err(&wrong);
+        assert!(problems.iter().any(|p| p.contains(problem)), "{problem}: {problems:?}");
+        assert!(problems.iter().all(|p| !p.contains(&key[5..])), "{problems:?}");
+    }
+}
+
+#[test]
+fn values_are_named_by_their_places_and_what_cannot_be_meant_is_refused() {
+    let found = |lines: &str| load_text(&format!("{QUEUE}{SUBSCRIBER}{lines}"));
+    for sound in [
+        "match = { \"/actor/type\" = [\"user\"], \"/id\" = [42, -7], \"/t\" = [true, \"null\"] }",
+        "redact = [\"/actor/email\", \"/changes/*/from\"]",
+        "redact = [\"/a\"]\nredact_with = \"\"",
+        "redact = [\"/a\"]\nredact_with = { hmac = \"k\" }",
+        "redact = []",
+    ] {
+        found(sound).unwrap_or_else(|problems| panic!("{sound}: {problems:?}"));
+    }
+    for (wrong, problem) in [
+        ("match = { \"/a\" = \"x\" }", "must be an array"),
+        ("match = { \"/a\" = [] }", "is empty, so no event would match"),
+        ("match = { \"a\" = [\"x\"] }", "`a` is no place in an event: it must begin with `/`"),
+        ("match = { \"/a~2\" = [\"x\"] }", "has a `~`"),
+        ("match = { \"/a\" = [1.5] }", "write any other number as the text that events have"),
+        ("match = { \"/a\" = [0x10] }", "must be a text, a whole number"),
+        ("redact = [\"/event\"]", "`/event` would redact the field `event`"),
+        ("redact = [\"/*\"]", "`/*` would redact the field `event`"),
+        ("redact = [\"\"]", "must begin with `/`"),
+        ("redact = \"/a\"", "must be an array"),
+        ("redact_with = \"x\"", "does nothing without `redact`"),
+        ("redact = [\"/a\"]\nredact_with = { hmac = \"\" }", "the secret is empty"),
+        ("redact = [\"/a\"]\nredact_with = {}", "hmac: is required in this form"),
+    ] {
+        let problems = found(wrong).expect_err(wrong);
+        assert!(problems.len() == 1 && problems[0].contains(problem), "{wrong}: {problems:?}");
+        assert!(problems[0].starts_with("h.toml:"), "{problems:?}");
     }
 }
 

@@ -2,11 +2,14 @@
 //!
 //! `standard-webhooks` follows the Standard Webhooks specification
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>),
-//! symmetric signatures `v1`; `mailtrap` and the custom headers are a plain HMAC-SHA256 (RFC 2104)
-//! of the body.
+//! symmetric signatures `v1` and asymmetric ones `v1a` (Ed25519, RFC 8032); `mailtrap` and the custom
+//! headers are a plain HMAC-SHA256 (RFC 2104) of the body.
+
+use std::sync::Arc;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use hmac::{Hmac, KeyInit as _, Mac as _};
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use sha2::Sha256;
 
 use crate::crypto::secret::Secret;
@@ -34,15 +37,21 @@ pub enum Encoding {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scheme {
     StandardWebhooks,
+    /// `v1a` of Standard Webhooks, in the same header.
+    Ed25519,
     Mailtrap,
-    Custom { header: String, prefix: String, encoding: Encoding },
+    Custom {
+        header: String,
+        prefix: String,
+        encoding: Encoding,
+    },
 }
 
 impl Scheme {
     /// The header that carries the signature.
     pub fn header(&self) -> &str {
         match self {
-            Self::StandardWebhooks => "webhook-signature",
+            Self::StandardWebhooks | Self::Ed25519 => "webhook-signature",
             Self::Mailtrap => "mailtrap-signature",
             Self::Custom { header, .. } => header,
         }
@@ -59,6 +68,69 @@ pub struct Signer {
     /// The HMAC keyed with the bytes of the current secret as written; `None` if there is no
     /// secret.
     plain: Option<Hmac<Sha256>>,
+    /// Of `v1a`.
+    asymmetric: Option<SigningKey>,
+}
+
+/// A key of `v1a`, as `whsk_…` has it.
+#[derive(Clone)]
+pub struct SigningKey(Arc<Ed25519KeyPair>);
+
+impl std::fmt::Debug for SigningKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SigningKey")
+    }
+}
+
+/// Bytes of the seed of an Ed25519 key, and of its public key.
+const KEY_HALF: usize = 32;
+
+impl SigningKey {
+    /// Reads `whsk_` and the base64 of the seed, or of the seed and the public key.
+    ///
+    /// # Errors
+    /// Says what is wrong without quoting the key.
+    pub fn parse(text: &Secret) -> Result<Self, &'static str> {
+        let text = text.expose();
+        if text.starts_with("whpk_") {
+            return Err(
+                "is the public key, which signs nothing; the other one begins with `whsk_`",
+            );
+        }
+        let encoded = text.strip_prefix("whsk_").ok_or("does not begin with `whsk_`")?;
+        let bytes = BASE64.decode(encoded).map_err(|_| "is not base64 after `whsk_`")?;
+        let pair = match bytes.split_at_checked(KEY_HALF) {
+            Some((seed, [])) => Ed25519KeyPair::from_seed_unchecked(seed),
+            Some((seed, public)) if public.len() == KEY_HALF => {
+                Ed25519KeyPair::from_seed_and_public_key(seed, public)
+            }
+            _ => return Err("does not hold the 32 or 64 bytes of an Ed25519 key"),
+        };
+        pair.map(|pair| Self(Arc::new(pair)))
+            .map_err(|_| "is no Ed25519 key: its public half belongs to another seed")
+    }
+
+    /// The public key, for receivers: `whpk_` and the base64 of its bytes.
+    pub fn public(&self) -> String {
+        format!("whpk_{}", BASE64.encode(self.0.public_key().as_ref()))
+    }
+
+    fn sign(&self, id: &str, timestamp: u64, body: &[u8]) -> String {
+        let signature = self.0.sign(&signed(id, timestamp, body));
+        format!("v1a,{}", BASE64.encode(signature.as_ref()))
+    }
+}
+
+/// Makes a key of `v1a`: `whsk_` and the base64 of its seed and its public key.
+pub fn new_signing_key() -> String {
+    let seed = rand::random::<[u8; KEY_HALF]>();
+    let pair = Ed25519KeyPair::from_seed_unchecked(&seed).expect("32 bytes are a seed");
+    format!("whsk_{}", BASE64.encode([&seed, pair.public_key().as_ref()].concat()))
+}
+
+/// What Standard Webhooks signs.
+fn signed(id: &str, timestamp: u64, body: &[u8]) -> Vec<u8> {
+    [format!("{id}.{timestamp}.").as_bytes(), body].concat()
 }
 
 impl std::fmt::Debug for Signer {
@@ -101,7 +173,13 @@ impl Signer {
             Vec::new()
         };
         let plain = secrets.first().map(|s| keyed(s.expose().as_bytes()));
-        Ok(Self { schemes, standard, plain })
+        Ok(Self { schemes, standard, plain, asymmetric: None })
+    }
+
+    /// The key of `v1a`.
+    #[must_use]
+    pub fn with_key(self, key: Option<SigningKey>) -> Self {
+        Self { asymmetric: key, ..self }
     }
 
     pub fn schemes(&self) -> &[Scheme] {
@@ -111,22 +189,17 @@ impl Signer {
     /// The headers that go with `body`, sent at `timestamp` (Unix seconds) under `id`.
     pub fn headers(&self, id: &str, timestamp: u64, body: &[u8]) -> Vec<(String, String)> {
         let mut headers = Vec::with_capacity(4);
+        // Both kinds are in one header: who knows one of them finds it.
+        let mut signatures: Vec<String> = Vec::new();
         for scheme in &self.schemes {
             match scheme {
-                Scheme::StandardWebhooks => {
-                    let signatures: Vec<String> = self
-                        .standard
-                        .iter()
-                        .map(|key| {
-                            format!(
-                                "v1,{}",
-                                BASE64.encode(standard_mac(key.clone(), id, timestamp, body))
-                            )
-                        })
-                        .collect();
-                    headers.push(("webhook-id".to_owned(), id.to_owned()));
-                    headers.push(("webhook-timestamp".to_owned(), timestamp.to_string()));
-                    headers.push((scheme.header().to_owned(), signatures.join(" ")));
+                Scheme::StandardWebhooks => signatures.extend(self.standard.iter().map(|key| {
+                    let mac = standard_mac(key.clone(), id, timestamp, body);
+                    format!("v1,{}", BASE64.encode(mac))
+                })),
+                Scheme::Ed25519 => {
+                    signatures
+                        .extend(self.asymmetric.iter().map(|key| key.sign(id, timestamp, body)));
                 }
                 Scheme::Mailtrap => {
                     headers.extend(
@@ -143,6 +216,11 @@ impl Signer {
                     }));
                 }
             }
+        }
+        if !signatures.is_empty() {
+            headers.push(("webhook-id".to_owned(), id.to_owned()));
+            headers.push(("webhook-timestamp".to_owned(), timestamp.to_string()));
+            headers.push((Scheme::StandardWebhooks.header().to_owned(), signatures.join(" ")));
         }
         headers
     }
@@ -161,6 +239,14 @@ fn standard_mac(mut mac: Hmac<Sha256>, id: &str, timestamp: u64, body: &[u8]) ->
     mac.update(b".");
     mac.update(body);
     mac.finalize().into_bytes().into()
+}
+
+/// The first 32 hexadecimal digits of an HMAC-SHA256: a name for these bytes that does not show them.
+pub fn token(key: &Secret, bytes: &[u8]) -> String {
+    let mut mac = keyed(key.expose().as_bytes());
+    mac.update(bytes);
+    let digest = mac.finalize().into_bytes();
+    hex(&digest[..16])
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -226,6 +312,24 @@ pub fn verify<'a>(
         }
         if timestamp > now.saturating_add(TOLERANCE_SECONDS) {
             return Err(Unverified::FutureTimestamp);
+        }
+        if let Some(encoded) = secret.expose().strip_prefix("whpk_") {
+            let key = BASE64.decode(encoded).ok().filter(|key| key.len() == KEY_HALF);
+            let key =
+                key.ok_or(Unverified::BadSecret("does not hold the 32 bytes of a public key"))?;
+            let public = UnparsedPublicKey::new(&ED25519, key);
+            let text = signed(id, timestamp, body);
+            let mut given = signatures
+                .split(' ')
+                .filter_map(|s| BASE64.decode(s.strip_prefix("v1a,")?).ok())
+                .peekable();
+            if given.peek().is_none() {
+                return Err(Unverified::BadSignature("v1a,<base64 of 64 bytes>"));
+            }
+            return match given.any(|signature| public.verify(&text, &signature).is_ok()) {
+                true => Ok("standard-webhooks-ed25519"),
+                false => Err(Unverified::NoMatch),
+            };
         }
         let key = standard_key(secret).map_err(Unverified::BadSecret)?;
         let given = signatures

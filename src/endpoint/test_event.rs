@@ -81,6 +81,7 @@ fn request(subscriber: &Subscriber) -> (Request, Vec<u8>) {
         attempt: 1,
         format: subscriber.format,
         body: body.clone().into(),
+        traceparent: None,
         replay: false,
     };
     (request, body)
@@ -104,7 +105,10 @@ fn body(subscriber: &Subscriber, batch_id: &BatchId) -> Vec<u8> {
         "actor": { "name": "hooktrail" },
         "timestamp": clock::unix_seconds(clock::now()),
     });
-    let plain = event.to_string().into_bytes();
+    let plain = event.to_string();
+    // It has all fields that can be meant, and is sent even if none is left.
+    let redacted = subscriber.redaction.apply(&plain).ok().flatten();
+    let plain = redacted.unwrap_or(plain).into_bytes();
     let id = clock::event_id();
     let with_id = if subscriber.event_ids { event::with_id(&plain, &id) } else { None };
     let event = with_id.map_or(plain, |with_id| with_id.body);

@@ -34,7 +34,7 @@ use crate::{
     clock,
     config::{Auth, Compression, HttpPolicy, Subscriber, changes::Differences, keys::Affects},
     crypto::{secret::Secret, signature::Signer, tls::SystemRoots},
-    delivery::{BatchId, Failure, Outcome},
+    delivery::{BatchId, Failure, Outcome, is_traceparent},
     event::payload::Format,
     policy::{
         answer::{Answer, Success},
@@ -70,6 +70,7 @@ pub struct Request {
     pub attempt: u32,
     pub format: Format,
     pub body: Bytes,
+    pub traceparent: Option<String>,
     /// An operator replayed the batch.
     pub replay: bool,
 }
@@ -385,6 +386,10 @@ fn headers(
     headers.insert(CONTENT_TYPE, other.cloned().unwrap_or_else(of_format));
     headers
         .insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
+    let traceparent = request.traceparent.as_deref().filter(|text| is_traceparent(text));
+    if let Some(value) = traceparent.and_then(|text| HeaderValue::from_str(text).ok()) {
+        headers.insert(HeaderName::from_static("traceparent"), value);
+    }
     if request.replay {
         headers.insert(
             HeaderName::from_static("x-hooktrail-replay"),
@@ -550,6 +555,7 @@ mod tests {
             attempt: 1,
             format: Format::Json,
             body: Bytes::from_static(b"{}"),
+            traceparent: None,
             replay: false,
         }
     }

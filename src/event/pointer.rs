@@ -41,6 +41,11 @@ impl Pointer {
         &self.text
     }
 
+    /// The names and indexes on the way, unescaped.
+    pub(super) fn steps(&self) -> &[String] {
+        &self.steps
+    }
+
     /// The JSON text at this place; `None` if the document has none. Of several fields of one name
     /// the last one counts, as for common parsers.
     pub fn find<'e>(&self, document: &'e str) -> Option<&'e str> {

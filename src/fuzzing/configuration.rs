@@ -34,8 +34,18 @@ const FILES: &[(&str, &str)] = &[
 ];
 
 /// Keys whose values may be secrets.
-const SECRET_KEYS: &[&str] =
-    &["url", "token", "secrets", "password", "bearer", "headers", "proxy", "management_url"];
+const SECRET_KEYS: &[&str] = &[
+    "url",
+    "token",
+    "secrets",
+    "signing_key",
+    "hmac",
+    "password",
+    "bearer",
+    "headers",
+    "proxy",
+    "management_url",
+];
 
 /// Every mistake in a configuration is reported with its place, and no message quotes a secret;
 /// accepted values keep within the limits.
@@ -108,7 +118,8 @@ fn within_limits(config: &config::Config) {
                 .is_none_or(|a| http::HeaderValue::from_str(a.header().expose()).is_ok())
         );
         let signed = s.signer.headers("msg_1", 1, b"{}");
-        assert!(s.signer.schemes().is_empty() || !s.secrets.is_empty() && !signed.is_empty());
+        let has_key = !s.secrets.is_empty() || s.signing_key.is_some();
+        assert!(s.signer.schemes().is_empty() || has_key && !signed.is_empty());
         assert!(signed.iter().all(|(n, v)| http::HeaderName::try_from(n).is_ok()
             && http::HeaderValue::from_str(v).is_ok()));
         assert!(RetryPolicy::try_new(s.retry.options()).is_ok());

@@ -1,5 +1,7 @@
 //! Events, request bodies, and patterns.
 
+use std::borrow::Cow;
+
 use serde_json::{Value, json, value::RawValue};
 
 use super::json::{Fields, SEPARATOR, WHITE_SPACE, plain_head};
@@ -7,6 +9,7 @@ use crate::event::{
     self, Pattern,
     entry::{self, Metadata, event_in, max_len},
     payload::Format,
+    redaction::{Place, Redaction, With},
 };
 
 /// The scan agrees with a parser on what is an event and on its fields; adding an id changes
@@ -186,6 +189,41 @@ pub fn splice(bytes: &[u8]) {
         };
         assert_eq!(heads(&found), heads(events));
     }
+}
+
+/// Input: places, each with a separator behind it, then an event. Redacting nothing gives the same
+/// bytes; whatever is redacted, it is an event with the same type still, and all bytes outside of the
+/// values are kept.
+pub fn redact(bytes: &[u8]) {
+    let mut parts: Vec<&[u8]> = bytes.split(|b| *b == SEPARATOR).collect();
+    let Some(event) = parts.pop().filter(|event| event::head(event).is_ok()) else { return };
+    let event_text = std::str::from_utf8(event).expect("UTF-8");
+    let text = |part: &[u8]| std::str::from_utf8(part).ok().map(str::to_owned);
+    let places = parts.into_iter().filter_map(text).filter_map(|p| Place::try_new(&p).ok());
+    let places: Vec<Place> = places.take(8).collect();
+    let with = || With::Text("\u{1}".to_owned());
+    assert_eq!(Redaction::new(Vec::new(), with()).apply(event_text).ok(), Some(None));
+    let redaction = Redaction::new(places, with());
+    let Some(redacted) = redaction.apply(event_text).expect("an event can be read") else { return };
+    let type_of = |text: &str| event::event_type(text.as_bytes()).map(Cow::into_owned);
+    assert_eq!(type_of(&redacted), type_of(event_text));
+    // What stands for a value is in no event: a raw control character is no JSON.
+    const STAND_IN: &str = "\"\\u0001\"";
+    let mut rest = event_text;
+    let kept: Vec<&str> = redacted.split(STAND_IN).collect();
+    if !event_text.contains("\\u0001") {
+        for (n, part) in kept.iter().enumerate() {
+            let at = if n == 0 { 0 } else { rest.find(part).expect("the bytes between are kept") };
+            assert!(n > 0 || rest.starts_with(part), "the beginning is kept");
+            rest = &rest[at + part.len()..];
+        }
+        assert!(event_text.ends_with(kept.last().expect("one at least")));
+    }
+    // Nothing is left to be redacted but what stands for it.
+    assert_eq!(
+        redaction.apply(&redacted).expect("an event").as_deref().unwrap_or(&redacted),
+        redacted
+    );
 }
 
 /// Input: a pattern, then an event type. The answer is the same as that of trying every way to

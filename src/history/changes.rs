@@ -76,7 +76,7 @@ fn each_settled(settled: &Settled, now: SystemTime, mut change: impl FnMut(Batch
             }
         }
         Settled::Paused(id) => change(id.clone(), Change::Paused),
-        Settled::Delivered | Settled::Recognised { .. } => {}
+        Settled::Delivered | Settled::Recognised { .. } | Settled::Filtered { .. } => {}
     }
 }
 
@@ -89,7 +89,7 @@ fn unsettled(settled: &Settled) -> Vec<BatchId> {
         ),
         Settled::DeadLetters(died) => died.iter().filter_map(|d| d.batch_id.clone()).collect(),
         Settled::Paused(id) => vec![id.clone()],
-        Settled::Delivered | Settled::Recognised { .. } => Vec::new(),
+        Settled::Delivered | Settled::Recognised { .. } | Settled::Filtered { .. } => Vec::new(),
     }
 }
 

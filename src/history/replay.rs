@@ -19,7 +19,7 @@ use tokio::{
 };
 
 pub(super) use self::filling::as_sent;
-use self::filling::{Filled, Filling, Pace, is_chosen};
+use self::filling::{Filled, Filling, Pace, Values, is_chosen};
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
@@ -195,14 +195,16 @@ fn replay(
 pub async fn count<S: Store>(
     store: &S,
     replay: &Replay,
+    subscriber: &Subscriber,
     deadline: Instant,
 ) -> Result<(u64, bool), StoreError> {
     let (mut after, mut events) = (replay.progress.position, 0);
+    let values = Values::of(subscriber);
     loop {
         let rows = store.rows(after, replay.progress.upto, MAX_ROWS, READ_BYTES).await?;
         let Some(last) = rows.last() else { return Ok((events, true)) };
         after = last.number;
-        events += rows.iter().filter(|row| is_chosen(&replay.order, row)).count() as u64;
+        events += rows.iter().filter(|row| is_chosen(&replay.order, row, &values)).count() as u64;
         if clock::instant() >= deadline {
             return Ok((events, false));
         }
@@ -433,7 +435,7 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
             return Ok(Stepped::Waits);
         }
         if work.ready.is_empty() && !work.is_at_end {
-            read(&self.store, work).await?;
+            read(&self.store, work, &Values::of(&subscriber)).await?;
             return Ok(Stepped::On);
         }
         match work.ready.front() {
@@ -522,7 +524,7 @@ fn is_paused<Q: Queue>(queue: &Q, subscriber: &Subscriber) -> bool {
 }
 
 /// Reads the next rows into batches.
-async fn read<S: Store>(store: &S, work: &mut Work) -> Result<(), StoreError> {
+async fn read<S: Store>(store: &S, work: &mut Work, values: &Values) -> Result<(), StoreError> {
     let upto = work.filling.progress().upto;
     let rows = store.rows(work.read_to, upto, MAX_ROWS, READ_BYTES).await?;
     work.is_at_end = rows.is_empty();
@@ -531,7 +533,7 @@ async fn read<S: Store>(store: &S, work: &mut Work) -> Result<(), StoreError> {
     }
     for row in &rows {
         work.read_to = row.number;
-        work.ready.extend(work.filling.add(row));
+        work.ready.extend(work.filling.add(row, values));
     }
     Ok(())
 }

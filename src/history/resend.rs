@@ -17,6 +17,7 @@ use crate::{
         Tenant,
         entry::{self, Metadata},
         payload::Format,
+        redaction::Redaction,
     },
     store::{
         Delivery, DeliveryState, EventFilter, EventNumber, EventRow, Gap, MAX_ROWS, Store,
@@ -180,6 +181,7 @@ struct Hunt<'p> {
     before: Vec<usize>,
     sha256: [u8; 32],
     event_ids: bool,
+    redaction: &'p Redaction,
     /// Of this tenant's events alone.
     tenant: Option<Tenant>,
     /// The rows with these prints, the latest first.
@@ -213,6 +215,7 @@ impl<'p> Hunt<'p> {
             },
             sha256,
             event_ids: subscriber.event_ids,
+            redaction: &subscriber.redaction,
             tenant: subscriber.tenant.clone(),
             rows: Vec::new(),
             found: HashMap::new(),
@@ -307,7 +310,9 @@ impl<'p> Hunt<'p> {
         rows: impl Iterator<Item = &'r EventRow>,
         event_ids: bool,
     ) -> Option<Vec<u8>> {
-        let with_id = |row: &'r EventRow| Some((sent(row, event_ids)?, row.message_id.as_deref()));
+        let with_id = |row: &'r EventRow| {
+            Some((sent(row, event_ids, self.redaction)?, row.message_id.as_deref()))
+        };
         let bodies = rows.map(with_id).collect::<Option<Vec<(Bytes, Option<&str>)>>>()?;
         let bytes = bodies.iter().map(|(body, _)| body.len()).sum();
         let events = bodies.iter().map(|(body, id)| (&body[..], *id));
@@ -323,7 +328,8 @@ impl<'p> Hunt<'p> {
     fn depends_on_ids(&self) -> bool {
         self.found.values().any(|row| {
             let row = &self.rows[*row];
-            let has_id = entry::has_identity(self.format) || sent(row, true) != row.body;
+            let as_sent = |event_ids| sent(row, event_ids, self.redaction);
+            let has_id = entry::has_identity(self.format) || as_sent(true) != as_sent(false);
             row.body.is_some() && has_id
         })
     }
@@ -346,9 +352,9 @@ impl<'p> Hunt<'p> {
     }
 }
 
-fn sent(row: &EventRow, event_ids: bool) -> Option<Bytes> {
+fn sent(row: &EventRow, event_ids: bool, redaction: &Redaction) -> Option<Bytes> {
     let id = row.message_id.as_deref().filter(|_| event_ids);
-    Some(as_sent(row.body.as_ref()?, id))
+    as_sent(row.body.as_ref()?, id, redaction)
 }
 
 #[cfg(test)]
@@ -385,7 +391,10 @@ mod tests {
         let rows: Vec<NewRow> = EVENTS.iter().zip(1..).map(|(body, n)| new(body, n)).collect();
         let bodies: Vec<Bytes> = rows
             .iter()
-            .map(|row| as_sent(&row.body, row.message_id.as_deref().filter(|_| event_ids)))
+            .map(|row| {
+                let id = row.message_id.as_deref().filter(|_| event_ids);
+                as_sent(&row.body, id, &Redaction::default()).expect("an event")
+            })
             .collect();
         store.append(rows).await.expect("appends");
         let body = format.splice(bodies.iter().map(|b| &b[..]), 0);
@@ -533,7 +542,9 @@ mod tests {
             let rows: Vec<NewRow> = bodies.iter().zip(1..).map(|(b, n)| new(b, n)).collect();
             let sent: Vec<Bytes> = rows[of.clone()]
                 .iter()
-                .map(|row| as_sent(&row.body, row.message_id.as_deref()))
+                .filter_map(|row| {
+                    as_sent(&row.body, row.message_id.as_deref(), &Redaction::default())
+                })
                 .collect();
             let prints: Vec<Print> =
                 bodies[of.clone()].iter().map(|b| Print::of(b.as_bytes())).collect();

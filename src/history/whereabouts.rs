@@ -12,8 +12,9 @@ use tokio::time::timeout;
 
 use crate::{
     clock,
+    config::Subscriber,
     delivery::{BatchId, FailureKind, Pause, PauseStates, Print, Reason, SubscriberName},
-    event::{Pattern, Tenant, audience::Interest},
+    event::{Pattern, Tenant, audience::Interest, condition::Conditions},
     queue::{Progress, Queue},
     store::{
         Delivery, DeliveryAttempt, DeliveryState, EventNumber, EventRow, Gap, Reach, Store,
@@ -92,6 +93,19 @@ impl<Q: Queue> Lanes for LanesOf<Q> {
     }
 }
 
+/// What a configured subscriber is to get.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    pub interest: Interest,
+    pub conditions: Conditions,
+}
+
+impl Wanted {
+    pub fn by(subscriber: &Subscriber) -> Self {
+        Self { interest: subscriber.interest(), conditions: subscriber.conditions.clone() }
+    }
+}
+
 /// Where an event went for one subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Whereabouts {
@@ -132,6 +146,8 @@ pub enum Fate {
     /// The subscriber had these patterns then; none if it was not configured.
     NotMatched {
         patterns: Vec<Pattern>,
+        /// Its patterns match, and its key `match`, as it is today, does not.
+        by_values: bool,
         /// It gets the events of this tenant, and the event is of another one, or of none.
         tenant: Option<Tenant>,
     },
@@ -191,7 +207,7 @@ impl Fate {
 pub async fn of_event<S: Store>(
     store: &S,
     event: &EventRow,
-    configured: &BTreeMap<SubscriberName, Interest>,
+    configured: &BTreeMap<SubscriberName, Wanted>,
     lanes: &impl Lanes,
     now: SystemTime,
 ) -> Result<Vec<Whereabouts>, StoreError> {
@@ -202,14 +218,16 @@ pub async fn of_event<S: Store>(
     let wishes: Vec<(SubscriberName, Wish)> = spans
         .into_iter()
         .map(|(subscriber, spans)| {
-            let wish = wish(event, &spans, configured.get(&subscriber));
+            let today = configured.get(&subscriber).map(|wanted| &wanted.interest);
+            let wish = wish(event, &spans, today);
             (subscriber, wish)
         })
         .collect();
     let mut recorded = recorded(store, event, &wishes, &reach.gaps).await?;
     let (mut found, mut open) = (Vec::with_capacity(wishes.len()), Vec::new());
     for (subscriber, wish) in wishes {
-        let configured = configured.contains_key(&subscriber);
+        let wanted = configured.get(&subscriber);
+        let configured = wanted.is_some();
         let with_event = recorded.remove(&subscriber).unwrap_or_default();
         let (mut fate, deliveries) = decided(&with_event, &reach.gaps);
         if let Some(known) = &fate {
@@ -227,7 +245,14 @@ pub async fn of_event<S: Store>(
             let patterns = wants.as_ref().map(|w| w.patterns.clone()).unwrap_or_default();
             let tenant = wants.as_ref().and_then(|wants| wants.tenant.clone());
             let tenant = tenant.filter(|tenant| event.tenant.as_ref() != Some(tenant));
-            fate = Some(fate.unwrap_or(Fate::NotMatched { patterns, tenant }));
+            let by_values = false;
+            fate = Some(fate.unwrap_or(Fate::NotMatched { patterns, by_values, tenant }));
+        }
+        if let (None, Wish::Matched, Some(wanted)) = (&fate, &wish, wanted)
+            && event.body.as_ref().is_some_and(|body| !wanted.conditions.hold(body))
+        {
+            let patterns = wanted.interest.patterns.clone();
+            fate = Some(Fate::NotMatched { patterns, by_values: true, tenant: None });
         }
         if fate.is_none() && configured {
             let is_matched = matches!(wish, Wish::Matched);
@@ -526,6 +551,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::event::{Pointer, condition::Condition};
     use crate::{
         delivery::Outcome,
         store::{AttemptEnd, Change, Contents, DeliveryChange, NewRow, fake::FakeStore},
@@ -536,6 +562,10 @@ mod tests {
 
     fn at(seconds: u64) -> SystemTime {
         BEGIN + Duration::from_secs(seconds)
+    }
+
+    fn wanted(interest: Interest) -> Wanted {
+        Wanted { interest, conditions: Conditions::default() }
     }
 
     fn patterns(text: &str) -> Vec<Pattern> {
@@ -550,7 +580,7 @@ mod tests {
     /// on.
     struct Fixture {
         store: FakeStore,
-        configured: BTreeMap<SubscriberName, Interest>,
+        configured: BTreeMap<SubscriberName, Wanted>,
         paused: Option<Pause>,
         progress: Progress,
         has_batch: Option<bool>,
@@ -584,7 +614,7 @@ mod tests {
                 tenant: None,
             };
             store.append(vec![event]).await.expect("appends");
-            let configured = BTreeMap::from([("a".into(), interest("#"))]);
+            let configured = BTreeMap::from([("a".into(), wanted(interest("#")))]);
             let (paused, progress, has_batch, now) = (None, Progress::Unknown, None, at(1500));
             let fixture = Self { store, configured, paused, progress, has_batch, now };
             fixture.subscribed("#", 10).await;
@@ -675,9 +705,9 @@ mod tests {
     async fn many_subscribers_are_asked_for_together_and_each_has_its_own_answer() {
         let mut f = Fixture::new().await;
         let name = |n: u64| SubscriberName::from(&*format!("s-{n:03}"));
-        let wanted = |n: u64| interest(if n.is_multiple_of(3) { "report.#" } else { "#" });
-        f.configured = (0..300).map(|n| (name(n), wanted(n))).collect();
-        let all = f.configured.clone().into_iter().collect();
+        let of = |n: u64| interest(if n.is_multiple_of(3) { "report.#" } else { "#" });
+        f.configured = (0..300).map(|n| (name(n), wanted(of(n)))).collect();
+        let all = (0..300).map(|n| (name(n), of(n))).collect();
         f.store.subscribed(all, at(20)).await.expect("records");
         // Of five one has it, one had it before the event's time, and one retries it.
         for n in 0..300 {
@@ -711,7 +741,11 @@ mod tests {
                 (0, _) => Fate::Delivered { at: at(1002), last: last(&format!("m{n}"), 1, 200) },
                 (1, _) => Fate::Delivered { at: at(401), last: last(&format!("m{n}"), 1, 200) },
                 (2, _) => Fate::Unknown { why: why.to_owned() },
-                (_, 0) => Fate::NotMatched { patterns: patterns("report.#"), tenant: None },
+                (_, 0) => Fate::NotMatched {
+                    patterns: patterns("report.#"),
+                    by_values: false,
+                    tenant: None,
+                },
                 _ => continue,
             };
             assert_eq!((&one.subscriber, &one.fate), (&name(n), &fate), "{n}");
@@ -780,7 +814,7 @@ mod tests {
         f.subscribed("#", 2000).await;
         assert_eq!(
             f.fate().await,
-            Fate::NotMatched { patterns: patterns("report.#"), tenant: None }
+            Fate::NotMatched { patterns: patterns("report.#"), by_values: false, tenant: None }
         );
         f.record("m1", 3000, vec![started(1), ended(1, 500), Change::Retrying { due: at(9000) }])
             .await;
@@ -846,10 +880,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_event_whose_values_are_not_wanted_is_not_unknown_unless_it_was_sent() {
+        let mut f = Fixture::new().await;
+        let place = Pointer::try_new("/event").expect("a pointer");
+        let condition = Condition { place, values: vec!["another".to_owned()] };
+        let a = f.configured.get_mut("a").expect("is configured");
+        a.conditions = Conditions::new(vec![condition]);
+        let by_values = Fate::NotMatched { patterns: patterns("#"), by_values: true, tenant: None };
+        assert_eq!(f.fate().await, by_values);
+        f.configured.get_mut("a").expect("is configured").conditions = Conditions::default();
+        assert!(matches!(f.fate().await, Fate::Unknown { .. }));
+    }
+
+    #[tokio::test]
     async fn patterns_of_the_events_time_decide_whether_it_was_wanted() {
         let f = Fixture::new().await;
         f.subscribed("report.#", 500).await;
-        let not = Fate::NotMatched { patterns: patterns("report.#"), tenant: None };
+        let not =
+            Fate::NotMatched { patterns: patterns("report.#"), by_values: false, tenant: None };
         assert_eq!(f.fate().await, not);
         assert!(not.is_settled());
         f.subscribed("#", 1003).await;
@@ -862,7 +910,7 @@ mod tests {
         f.store.memory().subscriptions[0].until = Some(at(900));
         assert_eq!(
             f.fate().await,
-            Fate::NotMatched { patterns: Vec::new(), tenant: None },
+            Fate::NotMatched { patterns: Vec::new(), by_values: false, tenant: None },
             "it was removed"
         );
     }

@@ -1,6 +1,7 @@
 //! The batches of a session that are in flight.
 
 use std::{
+    collections::BTreeSet,
     ops::Range,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -13,7 +14,7 @@ use crate::{
     config::Subscriber,
     delivery::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
-        Print,
+        Print, Trace,
     },
     event::entry::{self, Metadata},
     policy::{
@@ -24,12 +25,17 @@ use crate::{
     queue::{Event, Receipt, SettleError},
 };
 
+/// The traces of events that the log shows of one batch.
+const LINKS: usize = 16;
+
 /// An event that may go into a batch.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) event: Event,
     /// The bytes of its body that were not published: the field `event_id`.
     pub(super) added: Option<Range<usize>>,
+    /// The print of the published bytes, if other values are in its body.
+    pub(super) print: Option<Print>,
     /// The most bytes of its entry in a request body.
     pub(super) bytes: usize,
     /// The field `timestamp`.
@@ -39,8 +45,9 @@ pub(super) struct Admitted {
 
 impl Admitted {
     fn print(&self) -> Print {
-        if let Some(checked) = &self.event.checked {
-            return checked.print;
+        let known = self.event.checked.as_ref().map(|checked| checked.print);
+        if let Some(print) = known.or(self.print) {
+            return print;
         }
         let body = &self.event.body;
         let added = self.added.clone().unwrap_or_default();
@@ -119,18 +126,19 @@ pub(super) struct Started {
 /// The batch of a first attempt; from here on its bytes and its id do not change.
 pub(super) fn first_attempt(
     subscriber: &Subscriber,
-    mut events: Vec<Admitted>,
+    events: Vec<Admitted>,
     bytes: usize,
 ) -> InFlight {
     let (format, metadata) = (subscriber.format, &subscriber.metadata);
     let now = clock::now();
-    let first = events.first_mut();
-    let (happened_at, arrived_at, traceparent) = first.map_or_else(
-        || (None, now, None),
-        |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()),
-    );
+    let (happened_at, arrived_at) =
+        events.first().map_or((None, now), |e| (e.happened_at, e.arrived_at));
+    let trace = Trace::of(events.iter().map(|e| e.event.traceparent.as_deref()));
     let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
     let id = id_of(subscriber, &events, &prints);
+    if let Trace::New(new) = &trace {
+        log_links(subscriber, &id, new, &events);
+    }
     let with_ids = events.iter().map(|e| (&e.event.body[..], e.event.message_id.as_deref()));
     let batch = Batch {
         body: entry::body(format, metadata, id.as_str(), with_ids, bytes).into(),
@@ -139,13 +147,28 @@ pub(super) fn first_attempt(
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
         attempts: 1,
         first_attempt_at: Some(now),
-        traceparent,
+        traceparent: trace.into_text(),
         attempt_log: AttemptLog::default(),
         prints: Some(prints),
         replay: false,
     };
     let receipts = events.iter().map(|e| e.event.receipt).collect();
     InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
+}
+
+/// Links the trace of a batch with those of its events.
+fn log_links(subscriber: &Subscriber, id: &BatchId, traceparent: &str, events: &[Admitted]) {
+    let all: BTreeSet<&str> =
+        events.iter().filter_map(|e| e.event.traceparent.as_deref()).collect();
+    let links: Vec<&str> = all.iter().copied().take(LINKS).collect();
+    tracing::debug!(
+        subscriber = subscriber.name.as_str(),
+        batch_id = id.as_str(),
+        traceparent,
+        traces = all.len(),
+        links = links.join(" "),
+        "a batch with events of several traces has a new one"
+    );
 }
 
 fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> BatchId {
@@ -155,6 +178,9 @@ fn id_of(subscriber: &Subscriber, events: &[Admitted], prints: &[Print]) -> Batc
     let all = numbers.into_iter().zip(times).zip(prints);
     let ids = if subscriber.event_ids { "with ids" } else { "" };
     let mut form = format!("{} {ids}", subscriber.format.label());
+    if !subscriber.redaction.is_none() {
+        form.push_str(&format!("\0redact {}", subscriber.redaction.label()));
+    }
     let Metadata { source, sourcetype, index } = &subscriber.metadata;
     for (name, text) in [("source", source), ("sourcetype", sourcetype), ("index", index)] {
         if let Some(text) = text {

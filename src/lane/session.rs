@@ -282,6 +282,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 attempt,
                 format,
                 body: batch.body.clone(),
+                traceparent: batch.traceparent.clone(),
                 replay,
             };
             reached(Step::Attempting);
@@ -320,9 +321,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// Puts each message where it belongs. A message that can never be delivered becomes a dead
     /// letter at once.
     fn took(&mut self, taken: impl Iterator<Item = Taken>) {
-        let Sorted { events, retries, dead, recognised, recognised_events, received } =
+        let Sorted { events, retries, dead, recognised, recognised_events, filtered, received } =
             Sorted::new(taken, &self.lane.subscriber, &self.batcher, clock::now());
         let now = clock::instant();
+        let taken = events.len() as u64;
         for event in events {
             let bytes = event.bytes;
             self.batcher.push(event, bytes, now);
@@ -335,6 +337,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let events = recognised_events;
             self.lane.report(&LaneEvent::Recognised { events });
             self.settle(recognised, Settlement::Delivered, Settled::Recognised { events });
+        }
+        self.lane.matched(taken, filtered.len() as u64);
+        if !filtered.is_empty() {
+            let events = filtered.len() as u64;
+            self.settle(filtered, Settlement::Delivered, Settled::Filtered { events });
         }
         if let Some((_, first)) = dead.first() {
             self.lane.report(&LaneEvent::Undeliverable {

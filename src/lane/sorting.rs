@@ -5,8 +5,8 @@ use std::{ops::Range, time::SystemTime};
 use super::in_flight::{Admitted, happened_at};
 use crate::{
     config::Subscriber,
-    delivery::{Batch, DeadLetter, MessageKind, Reason},
-    event::{WithId, entry, head, with_id},
+    delivery::{Batch, DeadLetter, MessageKind, Print, Reason},
+    event::{WithId, entry, head, redaction::Redaction, with_id},
     policy::batching::Batcher,
     queue::{Event, Receipt, Taken},
 };
@@ -21,6 +21,8 @@ pub(super) struct Sorted {
     /// Redeliveries of what was settled before.
     pub(super) recognised: Vec<Receipt>,
     pub(super) recognised_events: u64,
+    /// Events that the subscriber does not want.
+    pub(super) filtered: Vec<Receipt>,
     /// Messages of the main queue.
     pub(super) received: u64,
 }
@@ -74,10 +76,11 @@ impl Sorted {
         now: SystemTime,
     ) {
         match prepare(&mut event, subscriber, batcher) {
-            Ok(Prepared { timestamp, added, bytes }) => {
+            Ok(None) => self.filtered.push(event.receipt),
+            Ok(Some(Prepared { timestamp, added, print, bytes })) => {
                 let arrived_at = event.published_at.unwrap_or(now);
                 let happened_at = happened_at(timestamp);
-                self.events.push(Admitted { event, added, bytes, happened_at, arrived_at });
+                self.events.push(Admitted { event, added, print, bytes, happened_at, arrived_at });
             }
             Err((reason, error)) => {
                 let Event { body, content_type, message_id, receipt, .. } = event;
@@ -94,16 +97,19 @@ struct Prepared {
     timestamp: Option<u64>,
     /// The bytes of the body that were not published.
     added: Option<Range<usize>>,
+    /// The print of what was published, if values were redacted.
+    print: Option<Print>,
     /// The most bytes of its entry.
     bytes: usize,
 }
 
-/// Puts the event's id into its body where that is configured.
+/// Redacts the event, and puts its id into its body, where that is configured. `None`: the subscriber
+/// does not want it.
 fn prepare(
     event: &mut Event,
     subscriber: &Subscriber,
     batcher: &Batcher<Admitted>,
-) -> Result<Prepared, (Reason, String)> {
+) -> Result<Option<Prepared>, (Reason, String)> {
     let too_large = || {
         format!(
             "its request body would have more than batch.max_bytes = {} bytes",
@@ -120,6 +126,14 @@ fn prepare(
         None => head(&event.body).map(|head| head.timestamp),
     };
     let timestamp = timestamp.map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
+    if !subscriber.conditions.hold(&event.body) {
+        return Ok(None);
+    }
+    let mut print = None;
+    if let Some(redacted) = redacted(&subscriber.redaction, &event.body)? {
+        print = Some(Print::of(&event.body));
+        event.body = redacted.into();
+    }
     let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
     let mut added = None;
     if let Some(with_id) = id.and_then(|id| with_id(&event.body, id)) {
@@ -137,16 +151,26 @@ fn prepare(
     if !batcher.fits(bytes) {
         return Err((Reason::TooLarge, format!("in the format {} {}", format.name(), too_large())));
     }
-    Ok(Prepared { timestamp, added, bytes })
+    Ok(Some(Prepared { timestamp, added, print, bytes }))
+}
+
+/// The event without the values that are not to be seen; `None` if it has none of them. One in which
+/// they cannot be looked for is not sent.
+fn redacted(redaction: &Redaction, event: &[u8]) -> Result<Option<String>, (Reason, String)> {
+    if redaction.is_none() {
+        return Ok(None);
+    }
+    let unreadable = |why: String| {
+        (Reason::InvalidEvent, format!("the event cannot be redacted, so it is not sent: {why}"))
+    };
+    let text = std::str::from_utf8(event).map_err(|e| unreadable(e.to_string()))?;
+    redaction.apply(text).map_err(|e| unreadable(e.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        config::testing::subscriber, delivery::Print, lane::in_flight::first_attempt,
-        queue::Checked,
-    };
+    use crate::{config::testing::subscriber, lane::in_flight::first_attempt, queue::Checked};
     use bytes::Bytes;
     use std::time::Duration;
 

@@ -32,6 +32,9 @@ use crate::{
 /// The time for which a lane waits for the pause states before it says so.
 const PAUSE_STATE_LATE: Duration = Duration::from_secs(10);
 
+/// Events in a row that `match` keeps away before that is worth a warning.
+const MISSES: u64 = 1000;
+
 /// Why a subscriber is paused that has `paused = true`.
 const CONFIGURED_PAUSE: &str = "`paused = true` in the configuration";
 
@@ -66,6 +69,8 @@ pub(super) struct State<Q> {
     /// Retries that an operator requests. A request from before the circuit opened, or before a
     /// probe began, counts as seen.
     pub(super) retry_requests: watch::Receiver<u64>,
+    /// Events in a row that `match` kept away.
+    misses: u64,
     /// What `http.rate` allows.
     pub(super) bucket: Option<Bucket>,
     /// Whether it was reported that the receiver takes no compressed request.
@@ -99,6 +104,7 @@ impl<Q: Queue> State<Q> {
             pause: None,
             resumed: None,
             retry_requests,
+            misses: 0,
             bucket,
             // What a lane before this one has reported ends with its first configuration.
             plain: true,
@@ -237,6 +243,18 @@ impl<Q: Queue> State<Q> {
         };
         let hold_until = self.breaker.held_until().map(at);
         self.report(&LaneEvent::CircuitIs { circuit, hold_until });
+    }
+
+    /// `match` let events through, and kept others away.
+    pub(super) fn matched(&mut self, hits: u64, misses: u64) {
+        if hits > 0 {
+            self.misses = 0;
+        }
+        let before = self.misses;
+        self.misses += misses;
+        if before < MISSES && self.misses >= MISSES {
+            self.report(&LaneEvent::NothingMatches { events: self.misses });
+        }
     }
 
     /// Reports whether the receiver takes no compressed request, when that has changed.

@@ -436,6 +436,15 @@ fn log_changes(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because:
             "reloaded a subscriber"
         );
     }
+    let is_of_values = |key: &&str| *key == "match" || key.starts_with("redact");
+    for c in changes.iter().filter(|c| c.change == Kind::Changed && c.keys.iter().any(is_of_values))
+    {
+        tracing::info!(
+            because,
+            subscriber = c.subscriber.as_str(),
+            "what its `match` and `redact` say now holds for what waits in its queue too; batches that failed before keep the bytes that they were sent with"
+        );
+    }
     for subscriber in not_bound {
         tracing::error!(
             because,

@@ -73,6 +73,10 @@ pub enum LaneEvent<'a> {
     Compression {
         refused: bool,
     },
+    /// `match` has kept this many events away, and let none through since.
+    NothingMatches {
+        events: u64,
+    },
     /// A batch waits for `http.rate`; once for each that does.
     RateWaits,
     /// An operator wants a retry although the circuit is open or the endpoint held.
@@ -121,6 +125,10 @@ pub struct AttemptEnded<'a> {
 pub enum Settled {
     Delivered,
     Recognised {
+        events: u64,
+    },
+    /// Events that the subscriber does not want, by its key `match`.
+    Filtered {
         events: u64,
     },
     DeadLetters(Vec<Died>),
@@ -222,6 +230,11 @@ impl LaneEvent<'_> {
                 subscriber,
                 "its receiver answered 415 to a compressed request and accepted the same one plain: requests are sent plain until the next reload; \
                  set http.compression = \"none\""
+            ),
+            Self::NothingMatches { events } => tracing::warn!(
+                subscriber,
+                events,
+                "`match` has kept all of the last events away; if that is not meant, compare its places and values with an event"
             ),
             Self::RetryRequested => {
                 tracing::info!(subscriber, "an operator wants a retry now: one batch is tried")

@@ -62,11 +62,16 @@ async function look(visitor, path, statuses = [200]) {
   await check(visitor, path.slice(0, 100));
 }
 
-/** The pages that the rows of a list lead to, by the first link of each: so many. */
+/** The pages that the rows of a list lead to, by the first link of each: so many. On a slow machine a page may end before the list does. */
 async function rows(visitor, path, region, count, hasText = '') {
-  await look(visitor, path);
-  const rows = visitor.page.getByRole('region', { name: region, exact: true }).locator('tbody tr').filter({ hasText });
-  const found = await rows.evaluateAll((all) => all.map((row) => row.querySelector('a').getAttribute('href')));
+  const found = [];
+  for (let next = path; next !== null; ) {
+    await look(visitor, next);
+    const rows = visitor.page.getByRole('region', { name: region, exact: true }).locator('tbody tr').filter({ hasText });
+    found.push(...(await rows.evaluateAll((all) => all.map((row) => row.querySelector('a').getAttribute('href')))));
+    const older = visitor.page.locator('.pager a[rel=next]');
+    next = (await older.count()) > 0 ? await older.first().getAttribute('href') : null;
+  }
   assert.equal(found.length, count, `rows of ${path}`);
   return found;
 }

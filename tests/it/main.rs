@@ -47,7 +47,7 @@ mod operators {
     mod doctor;
     mod documented;
     mod health_page;
-    mod history;
+    pub(crate) mod history;
     mod kept_forms;
     mod letters;
     mod log;

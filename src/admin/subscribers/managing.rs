@@ -66,15 +66,18 @@ struct Edit {
 }
 
 /// The keys that decide what a request looks like.
-const OF_REQUESTS: [&str; 11] = [
+const OF_REQUESTS: [&str; 14] = [
     "preset",
     "format",
     "content_type",
     "source",
     "sourcetype",
     "index",
+    "redact",
+    "redact_with",
     "event_ids",
     "signatures",
+    "signing_key",
     "secrets",
     "headers",
     "auth",

@@ -15,6 +15,9 @@ use crate::{
     store::{self, DeliveryState, Page},
 };
 
+/// Why an event of a subscriber's patterns is not for it.
+const BY_VALUES: &str = "its key `match`, as it is today, does not match the event";
+
 /// A part of a list of events, newest first.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct EventList {
@@ -320,7 +323,8 @@ impl Whereabouts {
                 view.last(last);
             }
             Fate::Waiting { paused } => view.subscriber_paused = paused.clone().map(Paused::from),
-            Fate::NotMatched { patterns, tenant } => {
+            Fate::NotMatched { patterns, by_values, tenant } => {
+                view.why = by_values.then(|| BY_VALUES.to_owned());
                 view.tenant = tenant.as_ref().map(Tenant::to_string);
                 view.patterns = Some(patterns.iter().map(|p| p.as_str().to_owned()).collect());
             }

@@ -50,6 +50,7 @@ pub(super) fn table(entries: impl Iterator<Item = String>) -> String {
 pub(super) fn scheme(scheme: &Scheme) -> String {
     match scheme {
         Scheme::StandardWebhooks => quoted("standard-webhooks"),
+        Scheme::Ed25519 => quoted("standard-webhooks-ed25519"),
         Scheme::Mailtrap => quoted("mailtrap"),
         Scheme::Custom { header, prefix, encoding } => {
             let encoding = match encoding {

@@ -8,7 +8,7 @@ use crate::{
     },
     crypto::{
         secret::Secret,
-        signature::{Encoding, Scheme, Signer, standard_key},
+        signature::{Encoding, Scheme, Signer, SigningKey, standard_key},
     },
 };
 
@@ -34,18 +34,45 @@ pub(super) const RESERVED_HEADERS: &[&str] = &[
     "mailtrap-signature",
     "x-hooktrail-attempt",
     "x-hooktrail-replay",
+    "traceparent",
 ];
+
+/// What signs requests.
+pub(super) struct Signing {
+    pub(super) secrets: Vec<Secret>,
+    pub(super) signing_key: Option<Secret>,
+    pub(super) signer: Signer,
+}
 
 pub(super) fn signing<'d>(
     reader: &Reader<'_>,
     section: &Section<'d>,
     signatures: Option<Value<'d>>,
-) -> Option<(Vec<Secret>, Signer)> {
-    let schemes = match signatures {
-        None => Some(vec![Scheme::StandardWebhooks]),
-        Some(v) => schemes(reader, &v),
+) -> Option<Signing> {
+    let key = match section.get("signing_key") {
+        None => None,
+        Some(v) => Some(signing_key(reader, &v)?),
     };
     let value = section.get("secrets");
+    let schemes = match &signatures {
+        // With a key alone there is no secret to sign with.
+        None if key.is_some() && value.is_none() => Some(vec![Scheme::Ed25519]),
+        None if key.is_some() => Some(vec![Scheme::StandardWebhooks, Scheme::Ed25519]),
+        None => Some(vec![Scheme::StandardWebhooks]),
+        Some(v) => schemes(reader, v),
+    };
+    let is_used = schemes.as_ref().is_none_or(|all| all.contains(&Scheme::Ed25519));
+    match (section.get("signing_key"), signatures) {
+        (Some(v), _) if !is_used => {
+            reader.report(&v, "signs nothing: `signatures` does not have \"standard-webhooks-ed25519\"; add that, or remove this");
+            return None;
+        }
+        (None, Some(v)) if schemes.as_ref().is_some_and(|all| all.contains(&Scheme::Ed25519)) => {
+            reader.report(&v, "has \"standard-webhooks-ed25519\", which needs `signing_key`; make one with `hooktrail secret --ed25519`");
+            return None;
+        }
+        _ => {}
+    }
     let items = match &value {
         None => Vec::new(),
         Some(v) if Reader::is_string(v) => {
@@ -54,7 +81,8 @@ pub(super) fn signing<'d>(
         }
         Some(v) => reader.array(v)?,
     };
-    if items.is_empty() && schemes.as_ref().is_none_or(|s| !s.is_empty()) {
+    let needs_secret = |s: &Vec<Scheme>| s.iter().any(|scheme| *scheme != Scheme::Ed25519);
+    if items.is_empty() && schemes.as_ref().is_none_or(needs_secret) {
         let why = "is required for signing: one or two secrets, the current one first (make one with `hooktrail secret`); or sign nothing with `signatures = []`";
         match &value {
             Some(v) => reader.report(v, format!("is empty; {why}")),
@@ -76,8 +104,19 @@ pub(super) fn signing<'d>(
     if secrets.len() < items.len() {
         return None;
     }
-    let signer = Signer::try_new(schemes?, &secrets).ok()?;
-    Some((secrets, signer))
+    let (signing_key, pair) = key.unzip();
+    let signer = Signer::try_new(schemes?, &secrets).ok()?.with_key(pair);
+    Some(Signing { secrets, signing_key, signer })
+}
+
+/// The key `signing_key`.
+fn signing_key(reader: &Reader<'_>, value: &Value<'_>) -> Option<(Secret, SigningKey)> {
+    let text = secret(reader, value)?;
+    let key = SigningKey::parse(&text);
+    if let Err(why) = &key {
+        reader.report(value, format!("{why}; make one with `hooktrail secret --ed25519`"));
+    }
+    Some((text, key.ok()?))
 }
 
 pub(super) fn secret(reader: &Reader<'_>, item: &Value<'_>) -> Option<Secret> {
@@ -128,9 +167,13 @@ fn schemes(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Scheme>> {
             continue;
         };
         // The later of two headers with one name would silently replace the first.
-        if let Some((_, first)) =
-            schemes.iter().find(|(s, _)| s.header().eq_ignore_ascii_case(scheme.header()))
-        {
+        // Both kinds of Standard Webhooks share theirs.
+        let share = |s: &Scheme| {
+            let kinds = [Scheme::StandardWebhooks, Scheme::Ed25519];
+            *s != scheme && kinds.contains(s) && kinds.contains(&scheme)
+        };
+        let same = |s: &Scheme| s.header().eq_ignore_ascii_case(scheme.header()) && !share(s);
+        if let Some((_, first)) = schemes.iter().find(|(s, _)| same(s)) {
             reader
                 .report(&place, format!("its header is already that of {first}; remove one of the two, or choose another header"));
             all = false;
@@ -144,20 +187,18 @@ fn schemes(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Scheme>> {
 /// A scheme, and the place that names its header.
 fn scheme<'d>(reader: &Reader<'_>, item: &Value<'d>) -> Option<(Scheme, Value<'d>)> {
     if Reader::is_string(item) {
-        let n = match reader.string(item)?.as_str() {
-            "standard-webhooks" => 0,
-            "mailtrap" => 1,
+        let known = match reader.string(item)?.as_str() {
+            "standard-webhooks" => Scheme::StandardWebhooks,
+            "standard-webhooks-ed25519" => Scheme::Ed25519,
+            "mailtrap" => Scheme::Mailtrap,
             _ => {
-                let forms = "must be \"standard-webhooks\" or \"mailtrap\", or a header of your own such as \
+                let forms = "must be \"standard-webhooks\", \"standard-webhooks-ed25519\" or \"mailtrap\", or a header of your own such as \
                              { header = \"X-Signature\", prefix = \"sha256=\", encoding = \"hex\" }";
                 reader.report(item, forms);
                 return None;
             }
         };
-        return Some((
-            if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap },
-            item.clone(),
-        ));
+        return Some((known, item.clone()));
     }
     let table = reader.section(item, keys::SIGNATURE)?;
     let header = table.get("header");

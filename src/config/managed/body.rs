@@ -126,7 +126,7 @@ impl Document {
         for (key, value) in &mut keys {
             match key.as_str() {
                 "url" => redact_url(value),
-                "secrets" | "headers" => redact_leaves(value),
+                "secrets" | "signing_key" | "headers" => redact_leaves(value),
                 "auth" => redact_auth(value),
                 _ => {}
             }

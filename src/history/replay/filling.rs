@@ -6,10 +6,14 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    config::Subscriber,
     delivery::{AttemptLog, Batch, BatchId, Print},
     event::{
+        condition::Conditions,
         entry::{self, max_len},
-        head, with_id,
+        head,
+        redaction::Redaction,
+        with_id,
     },
     store::{EventNumber, EventRow, Replay, ReplayOrder, ReplayProgress},
 };
@@ -59,8 +63,9 @@ impl Filling {
     }
 
     /// Adds the next row. Returns a batch that is full.
-    pub(super) fn add(&mut self, row: &EventRow) -> Option<Filled> {
-        let chosen = is_chosen(&self.order, row).then(|| sendable(&self.order, row));
+    pub(super) fn add(&mut self, row: &EventRow, values: &Values) -> Option<Filled> {
+        let is_chosen = is_chosen(&self.order, row, values);
+        let chosen = is_chosen.then(|| sendable(&self.order, row, values));
         let mut filled = None;
         if let Some(Some((_, bytes))) = &chosen
             && !self.fits(*bytes)
@@ -121,32 +126,58 @@ impl Filling {
     }
 }
 
+/// What a subscriber says of values, as it is configured today: what it is not to see now, no replay
+/// may show it.
+#[derive(Debug, Clone, Default)]
+pub(in crate::history) struct Values {
+    pub(in crate::history) conditions: Conditions,
+    pub(in crate::history) redaction: Redaction,
+}
+
+impl Values {
+    pub(in crate::history) fn of(subscriber: &Subscriber) -> Self {
+        let Subscriber { conditions, redaction, .. } = subscriber;
+        Self { conditions: conditions.clone(), redaction: redaction.clone() }
+    }
+}
+
 /// Whether an event is one of the replay's.
-pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
+pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow, values: &Values) -> bool {
     row.at >= order.since
         && order.until.is_none_or(|until| row.at < until)
         && (order.tenant.is_none() || order.tenant == row.tenant)
         && order.patterns.iter().any(|pattern| pattern.matches(&row.event_type))
         && order.events.as_ref().is_none_or(|pattern| pattern.matches(&row.event_type))
+        && row.body.as_ref().is_none_or(|body| values.conditions.hold(body))
 }
 
 /// The bytes of an event as a lane sends them, and the most of its entry; `None` if it would give
 /// the event up.
-fn sendable(order: &ReplayOrder, row: &EventRow) -> Option<(Bytes, usize)> {
+fn sendable(order: &ReplayOrder, row: &EventRow, values: &Values) -> Option<(Bytes, usize)> {
     let ReplayOrder { format, metadata, .. } = order;
     let fits = |bytes: usize| format.body_len(1, bytes) <= order.max_bytes;
     let is_fit = |body: &[u8]| head(body).is_ok() && entry::unfit(*format, body).is_none();
     let body = row.body.as_ref().filter(|body| is_fit(body))?;
     let id = row.message_id.as_deref();
-    let body = as_sent(body, id.filter(|_| order.event_ids));
+    let body = as_sent(body, id.filter(|_| order.event_ids), &values.redaction)?;
     let bytes = max_len(*format, metadata, &body, id);
     fits(bytes).then_some((body, bytes))
 }
 
-/// An event with its id as its field `event_id`, if it has none.
-pub(in crate::history) fn as_sent(body: &Bytes, id: Option<&str>) -> Bytes {
-    let with_id = id.and_then(|id| with_id(body, id));
-    with_id.map_or_else(|| body.clone(), |with_id| with_id.body.into())
+/// An event without what is redacted, and with its id as its field `event_id`, if it has none; `None`
+/// of one that cannot be redacted.
+pub(in crate::history) fn as_sent(
+    body: &Bytes,
+    id: Option<&str>,
+    redaction: &Redaction,
+) -> Option<Bytes> {
+    let redacted = match redaction.is_none() {
+        true => None,
+        false => redaction.apply(std::str::from_utf8(body).ok()?).ok()?,
+    };
+    let body = redacted.map_or_else(|| body.clone(), Bytes::from);
+    let with_id = id.and_then(|id| with_id(&body, id));
+    Some(with_id.map_or(body, |with_id| with_id.body.into()))
 }
 
 /// Always the same for a replay and the first row of a batch.
@@ -259,7 +290,8 @@ mod tests {
     fn batches(replay: &Replay, rows: &[EventRow]) -> Vec<Filled> {
         let mut filling = Filling::new(replay);
         let rows = rows.iter().filter(|row| row.number > replay.progress.position);
-        let mut all: Vec<Filled> = rows.filter_map(|row| filling.add(row)).collect();
+        let mut all: Vec<Filled> =
+            rows.filter_map(|row| filling.add(row, &Values::default())).collect();
         all.extend(filling.end());
         all
     }

@@ -144,6 +144,11 @@ pub const ALL: &[Definition] = &[
         "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",
     ),
     counter(
+        "events_filtered",
+        SUBSCRIBER,
+        "Events that match its patterns and not its key `match`: they are acked without an attempt",
+    ),
+    counter(
         "rate_waits",
         SUBSCRIBER,
         "Attempts that waited because of http.rate; where it grows as fast as attempts do, the rate is the limit",

@@ -41,6 +41,7 @@ pub(super) struct Series {
     received: Counter,
     delivered: Counter,
     recognised: Counter,
+    filtered: Counter,
     attempts: BTreeMap<DispositionKind, Counter>,
     failures: BTreeMap<FailureKind, Counter>,
     unsent: Counter,
@@ -122,6 +123,7 @@ impl Series {
             received: of_all.counter("events_received", &of),
             delivered: of_all.counter("events_delivered", &of),
             recognised: of_all.counter("events_recognised", &of),
+            filtered: of_all.counter("events_filtered", &of),
             attempts: DispositionKind::ALL.map(outcome).into(),
             failures: FailureKind::ALL.map(failure).into(),
             unsent: of_all.counter("unsent_requests", &of),
@@ -198,6 +200,7 @@ impl SubscriberMetrics {
             | LaneEvent::CircuitIs { .. }
             | LaneEvent::CircuitChanged(_)
             | LaneEvent::Compression { .. }
+            | LaneEvent::NothingMatches { .. }
             | LaneEvent::RetryRequested
             | LaneEvent::PauseStateLate
             | LaneEvent::Paused { .. }
@@ -222,6 +225,9 @@ impl SubscriberMetrics {
         match settled {
             Settled::Recognised { events } => {
                 self.series.recognised.inc_by(*events);
+            }
+            Settled::Filtered { events } => {
+                self.series.filtered.inc_by(*events);
             }
             // What RabbitMQ gives up is not among the reasons, and not counted.
             Settled::DeadLetters(died) => {

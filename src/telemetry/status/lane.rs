@@ -271,6 +271,7 @@ impl LaneStatus {
             | LaneEvent::NotSettled(_)
             | LaneEvent::CircuitChanged(_)
             | LaneEvent::RateWaits
+            | LaneEvent::NothingMatches { .. }
             | LaneEvent::RetryRequested
             | LaneEvent::PauseStateLate
             | LaneEvent::ResumedUnpaused => {}

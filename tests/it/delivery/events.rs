@@ -7,6 +7,7 @@ use std::{
 
 use serde_json::json;
 
+use crate::operators::history::{admin, remembering};
 use crate::support::{
     api::Api,
     broker::{Broker, kill},
@@ -24,6 +25,7 @@ on_both_queues!(
     compressed_requests_are_signed_before_and_are_plain_for_who_refuses_them_until_a_reload,
     no_second_has_more_requests_or_events_than_the_rate_allows_retries_among_them,
     each_subscriber_gets_the_events_that_its_patterns_match,
+    values_decide_who_gets_an_event_and_what_is_redacted_is_shown_to_nobody_who_is_not_to_see_it,
     a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early,
     retries_go_before_the_backlog,
     retry_after_holds_the_batch_and_the_lane,
@@ -295,6 +297,91 @@ async fn no_second_has_more_requests_or_events_than_the_rate_allows_retries_amon
     assert!(events.requests().iter().all(|r| r.numbers().len() <= 20), "at most a second's worth");
     let waits = api.metric("hooktrail_rate_waits_total{subscriber=\"requests\"}").await;
     assert!(waits.is_some_and(|n| n >= 20.0), "{waits:?}");
+}
+
+async fn values_decide_who_gets_an_event_and_what_is_redacted_is_shown_to_nobody_who_is_not_to_see_it(
+    queue: Queue,
+) {
+    let event = |n: u64, kind: &str| {
+        json!({ "event": TYPE, "n": n, "actor": { "type": kind, "email": format!("e{n}@example.com") }, "account": 42 })
+            .to_string()
+    };
+    let all = Receiver::accepting().await;
+    let some = Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
+    let refusing = Receiver::start(|_, n| status(if n == 0 { 200 } else { 400 })).await;
+    let other = Receiver::accepting().await;
+    const USERS: &str = "match = { \"/actor/type\" = [\"user\", \"bot\"], \"/account\" = [42] }\nredact = [\"/actor/email\"]";
+    let api = Api::new();
+    let text = QUICK.to_owned()
+        + &admin(&api)
+        + &subscriber("all", &all.url, "")
+        + &subscriber("some", &some.url, USERS)
+        + &subscriber(
+            "refusing",
+            &refusing.url,
+            &format!(
+                "{USERS}\nredact_with = {{ hmac = \"a key\" }}\nevent_ids = true\nbatch = {{ max_events = 1 }}"
+            ),
+        )
+        + &subscriber("other", &other.url, "match = { \"/account\" = [\"43\"] }");
+    let setup = Setup::new(&queue, &text);
+    let daemon = remembering(&queue, &setup).await;
+    let kinds = ["user", "admin", "bot", "user", "system"];
+    queue.publish(TYPE, (0..5).zip(kinds).map(|(n, kind)| event(n, kind))).await;
+    all.wait_all(5).await;
+    assert!(
+        all.requests().iter().all(|r| String::from_utf8_lossy(&r.body).contains("@example.com"))
+    );
+    eventually("three are wanted", async || some.accepted().len() == 3).await;
+    assert_eq!(some.accepted(), [0, 2, 3]);
+    let requests = some.requests();
+    let again = requests[1..].iter().find(|r| r.id() == requests[0].id()).expect("a retry");
+    assert_eq!((&again.body, again.attempt()), (&requests[0].body, 2));
+    for request in &requests {
+        let text = String::from_utf8_lossy(&request.body);
+        assert!(request.verified() && !text.contains("@example.com"), "{text}");
+        assert!(request.events().iter().all(|e| e["actor"]["email"] == "[FILTERED]"));
+    }
+    // The dead letters of batches have what was sent.
+    queue.wait_dead("refusing", 2).await;
+    let tokens: std::collections::HashSet<String> = refusing
+        .requests()
+        .iter()
+        .flat_map(Request::events)
+        .map(|e| e["actor"]["email"].as_str().expect("a token").to_owned())
+        .collect();
+    assert!(tokens.len() == 3 && tokens.iter().all(|token| token.len() == 32), "{tokens:?}");
+    let shown = setup.ok(&["dead", "show", "refusing", "@1"]);
+    assert!(!shown.contains("@example.com") && shown.contains("\"email\":\""), "{shown}");
+    eventually("all are settled", async || queue.backlog("other").await == 0).await;
+    assert_eq!(other.count(), 0);
+    let filtered = async |name: &str| {
+        let series = format!("hooktrail_events_filtered_total{{subscriber=\"{name}\"}}");
+        api.metric(&series).await
+    };
+    assert_eq!((filtered("some").await, filtered("other").await), (Some(2.0), Some(5.0)));
+    // `where` knows why, and a replay shows no more than the daemon did.
+    let history = || -> Vec<serde_json::Value> {
+        let text = setup.ok(&["history", "--json"]);
+        let all: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        all["events"].as_array().expect("events").clone()
+    };
+    eventually("all are in history", async || history().len() == 5).await;
+    let admin = history().into_iter().find(|e| e["actor"]["type"] == "admin").expect("is there");
+    let number = admin["number"].to_string();
+    let went = setup.ok(&["where", &number]);
+    assert!(went.contains("its key `match`, as it is today, does not match the event"), "{went}");
+    let before = some.count();
+    setup.ok(&["replay", "some", "--since", "1h", "--yes"]);
+    eventually("it is sent again", async || some.accepted().len() == 6).await;
+    let requests = some.requests();
+    assert!(
+        requests[before..]
+            .iter()
+            .all(|r| !String::from_utf8_lossy(&r.body).contains("@example.com"))
+    );
+    assert!(!daemon.log().contains("a key"));
+    assert!(!setup.ok(&["check"]).contains("a key"));
 }
 
 async fn batches_keep_to_their_number_size_and_time(queue: Queue) {

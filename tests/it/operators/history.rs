@@ -21,12 +21,12 @@ const TYPE: &str = "activity_log.user.updated";
 
 pub(super) const TOKEN: &str = "the-token-of-the-tests";
 
-pub(super) fn admin(api: &Api) -> String {
+pub(crate) fn admin(api: &Api) -> String {
     format!("{}token = \"{TOKEN}\"\n", api.section())
 }
 
 /// A daemon whose history gets each event that is published from now on.
-pub(super) async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
+pub(crate) async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
     let daemon = setup.start().await;
     if matches!(queue, Queue::Amqp(_)) {
         eventually("history gets events", async || {

@@ -465,14 +465,17 @@ fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
 }
 
 #[test]
-fn the_producers_trace_is_in_the_log_of_each_attempt() {
+fn the_producers_trace_is_in_the_log_of_each_attempt_and_goes_on_to_the_receiver() {
     run(async {
         let queue = Queue::embedded();
         let receiver = Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
         let api = Api::new();
         let setup = Setup::new(
             &queue,
-            &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")),
+            &(QUICK.to_owned()
+                + "[log]\nlevel = \"debug\"\n"
+                + &api.section()
+                + &subscriber("a", &receiver.url, "batch = { max_events = 2, max_wait = \"2s\" }")),
         );
         let daemon = setup.start().await;
         let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -487,6 +490,25 @@ fn the_producers_trace_is_in_the_log_of_each_attempt() {
             attempts.iter().all(|l| l.contains(&format!("traceparent=\"{trace}\""))),
             "{attempts:?}"
         );
+        let sent = |n: usize| receiver.requests()[n].header("traceparent").to_owned();
+        assert_eq!((sent(0), sent(1)), (trace.to_owned(), trace.to_owned()));
+
+        // Events of two traces have a new one, which the log links with theirs.
+        let other = trace.replace("0af7", "1bf7");
+        for (n, trace) in [(1, trace), (2, &other)] {
+            let headers = [("content-type", "application/json"), ("traceparent", trace)];
+            assert_eq!(api.send("POST", "/api/v1/events", &headers, &event(n)).await.status, 202);
+        }
+        receiver.wait_requests(3).await;
+        let new = sent(2);
+        assert!(new.len() == trace.len() && new != trace && new != other, "{new}");
+        daemon.wait_log(&format!("links=\"{trace} {other}\"")).await;
+        // Without one there is none.
+        for n in 3..5 {
+            assert_eq!(api.post("/api/v1/events", &event(n)).await.status, 202);
+        }
+        receiver.wait_requests(4).await;
+        assert!(!receiver.requests()[3].headers.contains_key("traceparent"));
     });
 }
 

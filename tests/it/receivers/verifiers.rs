@@ -24,6 +24,7 @@ tests_that_need!(
     the_schema_of_the_configuration_says_what_check_says,
     libraries_that_others_wrote_accept_what_is_sent_and_nothing_else,
     the_sdk_of_cloudevents_reads_what_is_sent,
+    who_has_the_public_key_alone_accepts_what_is_sent_and_nothing_else,
     openssl_makes_the_same_signature_of_a_header_of_its_own,
     the_snippets_of_the_document_accept_what_is_sent_and_nothing_else,
 );
@@ -571,6 +572,90 @@ fn languages() -> Vec<Language> {
             &["ruby", "verify.rb"],
         ),
     ]
+}
+
+/// The functions of the document for Ed25519, and `listen`; libraries that know `v1` alone go on.
+fn who_has_the_public_key_alone_accepts_what_is_sent_and_nothing_else() {
+    run(async {
+        let nothing = Setup::with_text("");
+        let [key, other] = [(); 2].map(|()| nothing.ok(&["secret", "--ed25519"]).trim().to_owned());
+        let public_of = |key: &str| {
+            let file = nothing.write("key", key);
+            let public = nothing.ok(&["secret", "--public", file.to_str().expect("a path")]);
+            public.trim().to_owned()
+        };
+        let (public, other) = (public_of(&key), public_of(&other));
+        assert!(public.starts_with("whpk_") && !key.contains(&public[5..20]), "{public}");
+        let (both, alone) = (Receiver::accepting().await, Receiver::accepting().await);
+        let signing = format!("signing_key = \"{key}\"");
+        let secrets = format!("secrets = [\"{SECRET}\"]\n");
+        let text = QUICK.to_owned()
+            + &subscriber("both", &both.url, &signing)
+            + &subscriber("alone", &alone.url, &signing).replace(&secrets, "");
+        let queue = Queue::embedded();
+        let setup = Setup::new(&queue, &text);
+        let daemon = setup.start().await;
+        queue.publish("a.b", tricky()).await;
+        let mut genuine = Vec::new();
+        for (name, receiver, signatures) in [("both", &both, 2), ("alone", &alone, 1)] {
+            receiver.wait_all(3).await;
+            let request = receiver.requests().remove(0);
+            let given = request.header("webhook-signature");
+            assert_eq!(given.split(' ').count(), signatures, "{given}");
+            assert_eq!(request.verified(), signatures == 2, "as before, with the secret");
+            genuine.push(Case::genuine(name, &request, &public));
+        }
+        for text in [daemon.log(), setup.ok(&["check"])] {
+            assert!(!text.contains(&key[..20]), "{text}");
+        }
+        let mut cases = Vec::new();
+        for case in genuine {
+            let set = |c: &mut Case, name: &str, value: &str| {
+                drop(c.headers.insert(name.to_owned(), value.to_owned()))
+            };
+            let at = case.body.len() / 2;
+            cases.push(case.forged("a byte changed", |c| c.body[at] ^= 1));
+            cases.push(case.forged("another key", |c| c.secret = other.clone()));
+            cases.push(case.forged("another id", |c| set(c, "webhook-id", "msg_other")));
+            cases.push(case.forged("an old time", |c| set(c, "webhook-timestamp", "1733739084")));
+            cases.push(case.forged("v1 alone", |c| set(c, "webhook-signature", "v1,aGVsbG8=")));
+            cases.push(case.forged("nonsense", |c| set(c, "webhook-signature", "v1a,aGVsbG8=")));
+            cases.push(case);
+        }
+        let section = std::fs::read_to_string(repository().join("docs/receivers.md"));
+        let section = section.expect("the document");
+        let (_, section) = section.split_once("### With a public key").expect("the section");
+        let dir = tempfile::tempdir().expect("a directory");
+        let all = languages();
+        let python = verifiers().join("python/bin/python");
+        for (language, program) in [("python", python.as_path()), ("js", Path::new("node"))] {
+            let (_, code) = section.split_once(&format!("```{language}\n")).expect("a block");
+            let (code, _) = code.split_once("\n```").expect("its end");
+            // The end of the file is that of the other verifier, which calls the function.
+            let known = all.iter().find(|l| l.name == language).expect("is known");
+            let (name, whole) = &known.files[0];
+            let end = &whole[snippet(language).len()..];
+            let file = dir.path().join(name);
+            std::fs::write(&file, format!("{code}\n{end}")).expect("writes");
+            for case in &cases {
+                let (heads, body) = (dir.path().join("headers"), dir.path().join("body"));
+                let lines = case.headers.iter().map(|(name, value)| format!("{name}: {value}\n"));
+                std::fs::write(&heads, lines.collect::<String>()).expect("writes");
+                std::fs::write(&body, &case.body).expect("writes");
+                let mut command = Command::new(program);
+                let found = output(command.arg(&file).arg(&case.secret).arg(heads).arg(body));
+                assert_eq!(found.trim(), case.genuine.to_string(), "{language}: {}", case.name);
+            }
+        }
+        for case in &cases {
+            let header = |name: &str| case.headers.get(name).map(String::as_str);
+            let now = std::time::SystemTime::now();
+            let now = now.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+            let public = hooktrail::crypto::secret::Secret::new(&*case.secret);
+            let found = hooktrail::crypto::signature::verify(&public, header, &case.body, now);
+            assert_eq!(found.is_ok(), case.genuine, "listen: {}: {found:?}", case.name);
+        }
+    });
 }
 
 fn the_snippets_of_the_document_accept_what_is_sent_and_nothing_else() {
