@@ -1284,7 +1284,8 @@ fn a_signing_key_is_checked_and_signs_beside_the_secrets_or_alone() {
     assert_eq!(schemes(&format!("{line}{secret}")), both);
     let named = "signatures = [\"standard-webhooks\", \"standard-webhooks-ed25519\"]\n";
     assert_eq!(schemes(&format!("{line}{secret}{named}")), both);
-    let flipped = key.replacen(&key[30..31], if &key[30..31] == "A" { "B" } else { "A" }, 1);
+    let other = if &key[30..31] == "A" { "B" } else { "A" };
+    let flipped = format!("{}{other}{}", &key[..30], &key[31..]);
     for (wrong, problem) in [
         (
             format!("{line}{secret}signatures = [\"standard-webhooks\"]"),
