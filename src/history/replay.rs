@@ -174,7 +174,7 @@ fn replay(
             after: extent.after,
             rate: wanted.rate,
             format: subscriber.format,
-            max_events: subscriber.batch.max_events,
+            max_events: max_events(subscriber),
             max_bytes: subscriber.batch.max_bytes,
             event_ids: subscriber.event_ids,
             metadata: subscriber.metadata.clone(),
@@ -185,6 +185,12 @@ fn replay(
         created_at: now,
         changed_at: now,
     }
+}
+
+/// The most events of a batch; no more than `http.rate` lets go at once.
+fn max_events(subscriber: &Subscriber) -> usize {
+    let by_rate = subscriber.http.rate.map_or(usize::MAX, |rate| rate.max_events());
+    subscriber.batch.max_events.min(by_rate)
 }
 
 /// Counts the events that a replay would send. Also returns whether all were counted before the
@@ -298,10 +304,10 @@ struct Work {
 }
 
 impl Work {
-    fn new(replay: &Replay, now: Instant) -> Self {
+    fn new(replay: &Replay, values: Values, now: Instant) -> Self {
         let unfinished = replay.progress.unfinished.iter();
         Self {
-            filling: Filling::new(replay),
+            filling: Filling::new(replay, values),
             read_to: replay.progress.position,
             is_at_end: false,
             ready: VecDeque::new(),
@@ -314,6 +320,14 @@ impl Work {
             retry_at: None,
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
         }
+    }
+
+    /// Reads again what is not in the queue yet: it is chosen and redacted in another way now.
+    fn refill(&mut self, replay: &Replay, values: Values) {
+        self.filling = Filling::new(replay, values);
+        self.read_to = replay.progress.position;
+        self.is_at_end = false;
+        self.ready.clear();
     }
 
     /// A progress with what is known of its batches now.
@@ -426,7 +440,12 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
             return Ok(Stepped::Waits);
         }
         let now = clock::instant();
-        let work = self.works.entry(replay.id.clone()).or_insert_with(|| Work::new(replay, now));
+        let values = Values::of(&subscriber);
+        let entry = self.works.entry(replay.id.clone());
+        let work = entry.or_insert_with(|| Work::new(replay, values.clone(), now));
+        if *work.filling.values() != values {
+            work.refill(replay, values);
+        }
         forget_finished(&self.queue, &self.store, &subscriber, work).await?;
         let waits = work.unfinished.len() >= MAX_UNFINISHED
             || !work.pace.wait(now).is_zero()
@@ -435,7 +454,7 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
             return Ok(Stepped::Waits);
         }
         if work.ready.is_empty() && !work.is_at_end {
-            read(&self.store, work, &Values::of(&subscriber)).await?;
+            read(&self.store, work).await?;
             return Ok(Stepped::On);
         }
         match work.ready.front() {
@@ -524,7 +543,7 @@ fn is_paused<Q: Queue>(queue: &Q, subscriber: &Subscriber) -> bool {
 }
 
 /// Reads the next rows into batches.
-async fn read<S: Store>(store: &S, work: &mut Work, values: &Values) -> Result<(), StoreError> {
+async fn read<S: Store>(store: &S, work: &mut Work) -> Result<(), StoreError> {
     let upto = work.filling.progress().upto;
     let rows = store.rows(work.read_to, upto, MAX_ROWS, READ_BYTES).await?;
     work.is_at_end = rows.is_empty();
@@ -533,7 +552,7 @@ async fn read<S: Store>(store: &S, work: &mut Work, values: &Values) -> Result<(
     }
     for row in &rows {
         work.read_to = row.number;
-        work.ready.extend(work.filling.add(row, values));
+        work.ready.extend(work.filling.add(row));
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use crate::{
     config::Subscriber,
     delivery::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
-        Print, Trace,
+        Print, Trace, is_traceparent,
     },
     event::entry::{self, Metadata},
     policy::{
@@ -133,7 +133,8 @@ pub(super) fn first_attempt(
     let now = clock::now();
     let (happened_at, arrived_at) =
         events.first().map_or((None, now), |e| (e.happened_at, e.arrived_at));
-    let trace = Trace::of(events.iter().map(|e| e.event.traceparent.as_deref()));
+    let traces = events.iter().map(|e| e.event.traceparent.as_deref());
+    let trace = Trace::of(traces.map(|text| text.filter(|text| is_traceparent(text))));
     let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
     let id = id_of(subscriber, &events, &prints);
     if let Trace::New(new) = &trace {

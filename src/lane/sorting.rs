@@ -75,6 +75,7 @@ impl Sorted {
         batcher: &Batcher<Admitted>,
         now: SystemTime,
     ) {
+        let published = event.body.clone();
         match prepare(&mut event, subscriber, batcher) {
             Ok(None) => self.filtered.push(event.receipt),
             Ok(Some(Prepared { timestamp, added, print, bytes })) => {
@@ -83,9 +84,9 @@ impl Sorted {
                 self.events.push(Admitted { event, added, print, bytes, happened_at, arrived_at });
             }
             Err((reason, error)) => {
-                let Event { body, content_type, message_id, receipt, .. } = event;
+                let Event { content_type, message_id, receipt, .. } = event;
                 let letter =
-                    DeadLetter::of_event(body, content_type, message_id, reason, error, now);
+                    DeadLetter::of_event(published, content_type, message_id, reason, error, now);
                 self.dead.push((receipt, letter));
             }
         }
@@ -116,11 +117,6 @@ fn prepare(
             subscriber.batch.max_bytes
         )
     };
-    let Subscriber { format, metadata, .. } = subscriber;
-    let holds_event = entry::holds_event(*format);
-    if holds_event && !batcher.fits(event.body.len()) {
-        return Err((Reason::TooLarge, too_large()));
-    }
     let timestamp = match &event.checked {
         Some(checked) => checked.timestamp.clone(),
         None => head(&event.body).map(|head| head.timestamp),
@@ -133,6 +129,11 @@ fn prepare(
     if let Some(redacted) = redacted(&subscriber.redaction, &event.body)? {
         print = Some(Print::of(&event.body));
         event.body = redacted.into();
+    }
+    let Subscriber { format, metadata, .. } = subscriber;
+    let holds_event = entry::holds_event(*format);
+    if holds_event && !batcher.fits(event.body.len()) {
+        return Err((Reason::TooLarge, too_large()));
     }
     let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
     let mut added = None;
@@ -227,6 +228,22 @@ mod tests {
                 }
             }
         }
+        // What is not wanted is not too large, and what is redacted may fit.
+        let picky = subscriber("a", "batch.max_bytes = \"64B\"\nmatch = { \"/n\" = [7] }");
+        let unwanted = self::sorted(&picky, vec![Taken::Event(event(&long))]);
+        assert_eq!((unwanted.filtered.len(), unwanted.dead.len()), (1, 0));
+        let secret = format!(r#"{{"event":"a","s":"{}"}}"#, "a".repeat(64));
+        let hiding = subscriber("a", "batch.max_bytes = \"64B\"\nredact = [\"/s\"]");
+        let short_now = self::sorted(&hiding, vec![Taken::Event(event(&secret))]);
+        assert_eq!(short_now.events[0].event.body, r#"{"event":"a","s":"[FILTERED]"}"#.as_bytes());
+        // A dead letter has what was published.
+        let text = "batch.max_bytes = \"64B\"\nredact = [\"/s\"]\nevent_ids = true";
+        let dead = format!(r#"{{"event":"a","s":1,"t":"{}"}}"#, "a".repeat(30));
+        let hiding = self::sorted(&subscriber("a", text), vec![Taken::Event(event(&dead))]);
+        assert_eq!(
+            (hiding.dead[0].1.reason, &hiding.dead[0].1.body[..]),
+            (Reason::TooLarge, dead.as_bytes())
+        );
         // A line is short whatever its event is, and a CloudEvent has a type.
         let slack = subscriber("a", "batch.max_bytes = \"64B\"\nformat = \"slack\"");
         let large = format!(r#"{{"event":"a","changes":"{}"}}"#, "a".repeat(64));

@@ -140,6 +140,9 @@ impl<Q: Queue> State<Q> {
         } else if old.circuit_breaker != new.circuit_breaker {
             self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
         }
+        if old.conditions != new.conditions {
+            self.misses = 0;
+        }
         if self.bucket.as_ref().map(Bucket::rate) != new.http.rate {
             self.bucket = new.http.rate.map(|rate| Bucket::new(rate, clock::instant()));
         }

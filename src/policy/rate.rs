@@ -120,7 +120,7 @@ impl Bucket {
     /// When a request with this many events may begin, if not now.
     pub fn wait(&mut self, events: u64, now: Instant) -> Option<Instant> {
         self.fill(now);
-        let needed = self.price(events).min(self.rate.burst());
+        let needed = self.price(events);
         if self.level >= needed {
             return None;
         }
@@ -131,7 +131,8 @@ impl Bucket {
         Some(now + wait + Duration::from_micros(1))
     }
 
-    /// A request with this many events begins. One that is larger than the bucket owes the rest.
+    /// A request with this many events begins. One that was made before the rate was set may be larger
+    /// than the bucket: it empties it, and owes nothing, or others would wait for too long.
     pub fn pay(&mut self, events: u64, now: Instant) {
         self.fill(now);
         self.level -= self.price(events);
@@ -140,7 +141,7 @@ impl Bucket {
     fn price(&self, events: u64) -> f64 {
         match self.rate.of {
             RateOf::Requests => 1.0,
-            RateOf::Events => events as f64,
+            RateOf::Events => (events as f64).min(self.rate.burst()),
         }
     }
 
@@ -190,15 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_larger_than_the_bucket_waits_until_it_is_full_and_owes_the_rest() {
+    fn what_is_larger_than_the_bucket_waits_until_it_is_full_and_empties_it() {
         let now = crate::clock::instant();
         let rate = Rate::parse("60/m", RateOf::Events).expect("a rate");
         assert_eq!((rate.max_events(), rate.window(500)), (1, 300));
         let mut bucket = Bucket::new(rate, now);
         assert_eq!(bucket.wait(5, now), None);
         bucket.pay(5, now);
-        let next = bucket.wait(1, now).expect("it owes four") - now;
-        assert!(next >= Duration::from_secs(5) && next < Duration::from_secs(6), "{next:?}");
+        let next = bucket.wait(5, now).expect("it is empty") - now;
+        assert!(next >= Duration::from_secs(1) && next < Duration::from_secs(2), "{next:?}");
         let slow = Rate::parse("1/m", RateOf::Requests).expect("a rate");
         assert_eq!((slow.max_events(), slow.window(500)), (usize::MAX, 5 * 500));
         assert_eq!(slow.time_of(5), Duration::from_secs(300));

@@ -442,7 +442,7 @@ fn log_changes(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because:
         tracing::info!(
             because,
             subscriber = c.subscriber.as_str(),
-            "what its `match` and `redact` say now holds for what waits in its queue too; batches that failed before keep the bytes that they were sent with"
+            "what its `match` and `redact` say now holds for what waits in its queue too; batches that wait for an attempt, of retries and of replays, and dead letters keep the bytes that they have"
         );
     }
     for subscriber in not_bound {

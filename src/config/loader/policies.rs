@@ -90,6 +90,13 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
 
 /// The key `http.rate`; an empty text overrides the top level's with none.
 fn rate(reader: &Reader<'_>, value: &Value<'_>) -> Option<Option<Rate>> {
+    if value.value.as_integer().is_some() || value.value.as_float().is_some() {
+        reader.report(
+            value,
+            "must be a text such as \"50/s\" or \"30/m\", or { events = \"10000/s\" }",
+        );
+        return None;
+    }
     let (value, of) = if Reader::is_string(value) {
         (value.clone(), RateOf::Requests)
     } else {

@@ -45,7 +45,10 @@ fn condition(reader: &Reader<'_>, place: &str, value: &Value<'_>) -> Option<Cond
 /// A value that is compared, as text.
 fn scalar(reader: &Reader<'_>, item: &Value<'_>) -> Option<String> {
     match item.value {
-        DeValue::Integer(n) if n.radix() == 10 => Some(n.as_str().replace('_', "")),
+        DeValue::Integer(n) => i64::from_str_radix(&n.as_str().replace('_', ""), n.radix())
+            .map(|n| n.to_string())
+            .map_err(|e| reader.report(item, format!("is a number that cannot be read: {e}")))
+            .ok(),
         DeValue::Boolean(b) => Some(b.to_string()),
         DeValue::String(_) => reader.string(item),
         _ => {
@@ -63,17 +66,15 @@ pub(super) fn redaction(reader: &Reader<'_>, section: &Section<'_>) -> Option<Re
         None => Some(With::Text(FILTERED.to_owned())),
         Some(value) => with(reader, &value),
     };
-    let Some(value) = section.get("redact") else {
-        if let Some(value) = section.get("redact_with") {
-            reader.report(
-                &value,
-                "does nothing without `redact`, the places of the values; add that, or remove this",
-            );
-            return None;
-        }
-        return Some(Redaction::default());
-    };
-    let items = reader.array(&value)?;
+    let value = section.get("redact");
+    let items = value.as_ref().map_or(Some(Vec::new()), |value| reader.array(value))?;
+    if let Some(value) = section.get("redact_with").filter(|_| items.is_empty()) {
+        reader.report(
+            &value,
+            "does nothing without `redact`, the places of the values; add that, or remove this",
+        );
+        return None;
+    }
     let place = |item: &Value<'_>| {
         let text = reader.string(item)?;
         Place::try_new(&text).map_err(|why| reader.report(item, format!("`{text}` {why}"))).ok()

@@ -128,6 +128,8 @@ impl Document {
                 "url" => redact_url(value),
                 "secrets" | "signing_key" | "headers" => redact_leaves(value),
                 "auth" => redact_auth(value),
+                // A text is none; whatever else it was given is not shown.
+                "redact_with" if !value.is_string() => redact_leaves(value),
                 _ => {}
             }
         }
@@ -263,7 +265,12 @@ pub(super) fn unsound(keys: &Map<String, Value>) -> Vec<Wrong> {
         let value = auth?.pointer(&format!("/{}", path.replace('.', "/")))?;
         Some((format!("auth.{path}"), value))
     });
-    for (field, value) in secrets.chain(auth) {
+    let key = keys.get("signing_key").map(|value| ("signing_key".to_owned(), value));
+    if keys.get("redact_with").is_some_and(|value| !value.is_string()) {
+        let detail = "must be a text for a subscriber made over the API";
+        wrong.push(Wrong { field: "redact_with".to_owned(), detail: detail.to_owned() });
+    }
+    for (field, value) in secrets.chain(auth).chain(key) {
         if value.as_str().is_some_and(|text| text.starts_with("file:")) {
             let detail =
                 "no file is read for a subscriber made over the API; give the value itself";
@@ -367,6 +374,9 @@ pub(super) fn as_file(name: &str, document: &Document) -> String {
             let what = if n == 0 { "SECRET".to_owned() } else { format!("SECRET_{}", n + 1) };
             *secret = variable(&what).into();
         }
+    }
+    if let Some(key) = keys.get_mut("signing_key") {
+        *key = variable("SIGNING_KEY").into();
     }
     if let Some(Value::Object(headers)) = keys.get_mut("headers") {
         for (header, value) in headers {

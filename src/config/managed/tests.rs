@@ -87,6 +87,12 @@ fn a_document_reads_no_variable_and_no_file_and_has_no_key_that_does() {
             "auth.basic.password",
         ),
         (json!({ "secrets": ["file:/etc/hostname"] }), "secrets[0]"),
+        (json!({ "signing_key": "file:/etc/hostname" }), "signing_key"),
+        (
+            json!({ "redact": ["/a"], "redact_with": { "hmac": "file:/etc/hostname" } }),
+            "redact_with",
+        ),
+        (json!({ "redact": ["/a"], "redact_with": { "hmac": "k" } }), "redact_with"),
         (json!({ "tls": { "ca_file": "/etc/hostname" } }), "tls"),
         (json!({ "paused": true }), "paused"),
         (json!({ "event_ids": true }), "event_ids"),

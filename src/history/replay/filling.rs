@@ -9,7 +9,7 @@ use crate::{
     config::Subscriber,
     delivery::{AttemptLog, Batch, BatchId, Print},
     event::{
-        condition::Conditions,
+        condition::{Condition, Conditions},
         entry::{self, max_len},
         head,
         redaction::Redaction,
@@ -23,6 +23,7 @@ use crate::{
 pub(super) struct Filling {
     id: String,
     order: ReplayOrder,
+    values: Values,
     /// Up to the last row that was added.
     progress: ReplayProgress,
     events: Vec<Chosen>,
@@ -47,14 +48,20 @@ pub(super) struct Filled {
 }
 
 impl Filling {
-    pub(super) fn new(replay: &Replay) -> Self {
+    pub(super) fn new(replay: &Replay, values: Values) -> Self {
         Self {
             id: replay.id.clone(),
             order: replay.order.clone(),
+            values,
             progress: replay.progress.clone(),
             events: Vec::new(),
             bytes: 0,
         }
+    }
+
+    /// What the batches are made by.
+    pub(super) fn values(&self) -> &Values {
+        &self.values
     }
 
     /// The progress up to the last row that was added.
@@ -63,9 +70,9 @@ impl Filling {
     }
 
     /// Adds the next row. Returns a batch that is full.
-    pub(super) fn add(&mut self, row: &EventRow, values: &Values) -> Option<Filled> {
-        let is_chosen = is_chosen(&self.order, row, values);
-        let chosen = is_chosen.then(|| sendable(&self.order, row, values));
+    pub(super) fn add(&mut self, row: &EventRow) -> Option<Filled> {
+        let is_chosen = is_chosen(&self.order, row, &self.values);
+        let chosen = is_chosen.then(|| sendable(&self.order, row, &self.values));
         let mut filled = None;
         if let Some(Some((_, bytes))) = &chosen
             && !self.fits(*bytes)
@@ -106,7 +113,7 @@ impl Filling {
         let bytes = std::mem::take(&mut self.bytes);
         let first = events.first()?.number;
         let ReplayOrder { format, metadata, .. } = &self.order;
-        let id = batch_id(&self.id, first);
+        let id = batch_id(&self.id, first, &self.values);
         let with_ids = events.iter().map(|e| (&e.body[..], e.message_id.as_deref()));
         self.progress.enqueued += events.len() as u64;
         self.progress.batches += 1;
@@ -128,7 +135,7 @@ impl Filling {
 
 /// What a subscriber says of values, as it is configured today: what it is not to see now, no replay
 /// may show it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::history) struct Values {
     pub(in crate::history) conditions: Conditions,
     pub(in crate::history) redaction: Redaction,
@@ -138,6 +145,18 @@ impl Values {
     pub(in crate::history) fn of(subscriber: &Subscriber) -> Self {
         let Subscriber { conditions, redaction, .. } = subscriber;
         Self { conditions: conditions.clone(), redaction: redaction.clone() }
+    }
+
+    /// What tells them from others, without a secret; empty if they say nothing.
+    fn label(&self) -> String {
+        let mut label = String::new();
+        for Condition { place, values } in self.conditions.all() {
+            label.push_str(&format!("\0{place}={}", values.join("\0")));
+        }
+        if !self.redaction.is_none() {
+            label.push_str(&format!("\0redact {}", self.redaction.label()));
+        }
+        label
     }
 }
 
@@ -180,9 +199,10 @@ pub(in crate::history) fn as_sent(
     Some(with_id.map_or(body, |with_id| with_id.body.into()))
 }
 
-/// Always the same for a replay and the first row of a batch.
-fn batch_id(replay: &str, first: EventNumber) -> BatchId {
-    let digest = Sha256::digest(format!("{replay}:{first}"));
+/// Always the same for a replay and the first row of a batch, as long as its events are chosen and
+/// redacted in the same way.
+fn batch_id(replay: &str, first: EventNumber, values: &Values) -> BatchId {
+    let digest = Sha256::digest(format!("{replay}:{first}{}", values.label()));
     let digits: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
     BatchId::from(format!("msg_{digits}"))
 }
@@ -288,10 +308,9 @@ mod tests {
 
     /// All batches of these rows from a progress on.
     fn batches(replay: &Replay, rows: &[EventRow]) -> Vec<Filled> {
-        let mut filling = Filling::new(replay);
+        let mut filling = Filling::new(replay, Values::default());
         let rows = rows.iter().filter(|row| row.number > replay.progress.position);
-        let mut all: Vec<Filled> =
-            rows.filter_map(|row| filling.add(row, &Values::default())).collect();
+        let mut all: Vec<Filled> = rows.filter_map(|row| filling.add(row)).collect();
         all.extend(filling.end());
         all
     }
