@@ -795,6 +795,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_to_be_redacted_or_not_sent_any_more_is_in_no_batch_that_comes_into_the_queue_from_then_on()
+     {
+        let world = World::with_events(200).await;
+        world.add("rpl_1", 200).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        let known: BTreeSet<BatchId> = world.queue.enqueued().into_iter().map(|b| b.id).collect();
+        assert_eq!(known.len(), MAX_UNFINISHED);
+        let text = |batch: &Batch| String::from_utf8_lossy(&batch.body).into_owned();
+        for batch in world.queue.enqueued() {
+            assert!(text(&batch).contains(r#""n":"#) && !text(&batch).contains("FILTERED"));
+        }
+        let lines = "redact = [\"/n\"]\nmatch = { \"/event\" = [\"user.a\"] }";
+        let redacting = Arc::new(testing::subscriber("a", lines));
+        world.subscribers.send_replace(vec![redacting].into());
+        let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
+        assert_eq!((done.read, done.matched, done.enqueued), (200, 100, 100), "each event once");
+        let (before, after): (Vec<Batch>, Vec<Batch>) =
+            world.queue.enqueued().into_iter().partition(|batch| known.contains(&batch.id));
+        assert_eq!(before.len(), MAX_UNFINISHED);
+        let events = |all: &[Batch]| all.iter().map(|batch| batch.events).sum::<u32>();
+        assert_eq!(events(&before) + events(&after), 100);
+        for batch in &after {
+            let filtered = text(batch).matches(r#""n":"[FILTERED]""#).count();
+            assert_eq!(filtered, batch.events as usize, "{}", text(batch));
+        }
+    }
+
+    #[tokio::test]
     async fn a_daemon_that_was_killed_goes_on_where_it_was_and_repeats_no_batch() {
         let world = World::with_events(100).await;
         world.add("rpl_1", 100).await;

@@ -69,7 +69,9 @@ impl Program {
         let document =
             std::fs::read_to_string(repository().join("docs/receivers.md")).expect("the document");
         let file = if language == "js" { "receiver.js" } else { "receiver.py" };
-        let blocks = shown(&document, language);
+        // Behind it are functions for those who have a public key.
+        let whole = document.split("### With a public key").next().unwrap_or_default();
+        let blocks = shown(whole, language);
         assert_eq!(blocks.len(), 2, "the function and what stands below it");
         std::fs::write(dir.join(file), blocks.join("\n\n")).expect("writes");
         // Node takes the kind of its modules from the nearest one, which may be another one further up.
