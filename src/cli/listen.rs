@@ -96,10 +96,7 @@ fn parse_addr(text: &str) -> Result<String, &'static str> {
 }
 
 fn parse_model(name: &str) -> Result<&'static Model, String> {
-    Model::named(name).ok_or_else(|| {
-        let names: Vec<&str> = Model::ALL.into_iter().map(|model| model.name).collect();
-        format!("write one of {}", names.join(", "))
-    })
+    Model::named(name).ok_or_else(|| format!("write one of {}", Model::NAMES.join(", ")))
 }
 
 fn parse_share(text: &str) -> Result<f64, &'static str> {

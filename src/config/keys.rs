@@ -22,12 +22,13 @@ use super::{
         MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
         MAX_SUBSCRIBERS, MAX_TIMEOUT, MAX_WAIT,
     },
+    model::Model,
     settings::{AmqpConfig, Backend, Config, Intake, IntakeConfig, Reach, StoreConfig, Token},
     subscriber::{Auth, Subscriber},
 };
 use crate::{
     crypto::secret::SecretUrl,
-    event::{TenantPlace, condition::Condition, redaction::With},
+    event::{TenantPlace, condition::Condition, payload::Format, redaction::With},
     policy::{batching::BatchPolicy, rate::RateOf, retry::MAX_DELAY},
     wording::size,
 };
@@ -606,19 +607,9 @@ pub(super) static BREAKER: &[Key] = &[
     ),
 ];
 
-static PRESETS: &[&str] = &[
-    "mailtrap",
-    "elastic",
-    "datadog",
-    "splunk-hec",
-    "sentinel",
-    "google-secops",
-    "eventbridge",
-    "slack",
-];
+static PRESETS: &[&str] = &Model::NAMES;
 
-static FORMATS: &[&str] =
-    &["json", "jsonl", "json_array", "single", "splunk_hec", "cloudevents_batch", "slack"];
+static FORMATS: &[&str] = &Format::NAMES;
 
 /// The keys of one `[[subscriber]]`.
 pub static SUBSCRIBER: &[Key] = &[

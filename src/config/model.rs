@@ -107,6 +107,16 @@ impl Model {
         &SLACK,
     ];
 
+    /// The names of all.
+    pub const NAMES: [&'static str; Self::ALL.len()] = {
+        let (mut names, mut n) = ([""; Self::ALL.len()], 0);
+        while n < names.len() {
+            names[n] = Self::ALL[n].name;
+            n += 1;
+        }
+        names
+    };
+
     /// Whether it takes this content type.
     pub fn takes_type(&self, content_type: &str) -> bool {
         let kind = content_type.split(';').next().unwrap_or_default().trim();
@@ -132,7 +142,7 @@ fn host_is(url: &Url, fits: impl Fn(&str) -> bool) -> bool {
 
 const NOBODYS: fn(&Url) -> bool = |_| false;
 
-static MAILTRAP: Model = Model {
+const MAILTRAP: Model = Model {
     name: "mailtrap",
     title: "a receiver of Mailtrap's webhooks",
     documentation: "https://docs.mailtrap.io/email-api-smtp/advanced/webhooks",
@@ -173,7 +183,7 @@ static MAILTRAP: Model = Model {
     note: None,
 };
 
-static ELASTIC: Model = Model {
+const ELASTIC: Model = Model {
     name: "elastic",
     title: "Filebeat's HTTP endpoint",
     documentation: "https://www.elastic.co/docs/reference/beats/filebeat/filebeat-input-http_endpoint",
@@ -214,7 +224,7 @@ static ELASTIC: Model = Model {
     note: None,
 };
 
-static DATADOG: Model = Model {
+const DATADOG: Model = Model {
     name: "datadog",
     title: "Datadog's logs intake",
     documentation: "https://docs.datadoghq.com/api/latest/logs/#send-logs",
@@ -269,7 +279,7 @@ static DATADOG: Model = Model {
     ),
 };
 
-static SPLUNK_HEC: Model = Model {
+const SPLUNK_HEC: Model = Model {
     name: "splunk-hec",
     title: "Splunk's HTTP Event Collector",
     documentation: "https://help.splunk.com/en/splunk-enterprise/get-data-in/collect-http-event-data/troubleshoot-http-event-collector",
@@ -320,7 +330,7 @@ static SPLUNK_HEC: Model = Model {
     ),
 };
 
-static SENTINEL: Model = Model {
+const SENTINEL: Model = Model {
     name: "sentinel",
     title: "the Logs Ingestion API of Microsoft Sentinel",
     documentation: "https://learn.microsoft.com/en-us/azure/azure-monitor/logs/logs-ingestion-api-overview",
@@ -372,7 +382,7 @@ static SENTINEL: Model = Model {
     ),
 };
 
-static GOOGLE_SECOPS: Model = Model {
+const GOOGLE_SECOPS: Model = Model {
     name: "google-secops",
     title: "a webhook feed of Google SecOps",
     documentation: "https://docs.cloud.google.com/chronicle/docs/ingestion/setup-siem-webhook",
@@ -420,7 +430,7 @@ static GOOGLE_SECOPS: Model = Model {
     note: None,
 };
 
-static EVENTBRIDGE: Model = Model {
+const EVENTBRIDGE: Model = Model {
     name: "eventbridge",
     title: "a function URL in front of Amazon EventBridge",
     documentation: "https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-putevents.html",
@@ -459,7 +469,7 @@ static EVENTBRIDGE: Model = Model {
     note: None,
 };
 
-static SLACK: Model = Model {
+const SLACK: Model = Model {
     name: "slack",
     title: "an incoming webhook of Slack",
     documentation: "https://docs.slack.dev/messaging/sending-messages-using-incoming-webhooks",

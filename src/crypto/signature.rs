@@ -241,13 +241,41 @@ fn standard_mac(mut mac: Hmac<Sha256>, id: &str, timestamp: u64, body: &[u8]) ->
     mac.finalize().into_bytes().into()
 }
 
-/// The first 32 hexadecimal digits of an HMAC-SHA256: a name for these bytes that does not show them.
-pub fn token(key: &Secret, bytes: &[u8]) -> String {
-    let mut mac = keyed(key.expose().as_bytes());
-    mac.update(bytes);
-    let digest = mac.finalize().into_bytes();
-    hex(&digest[..16])
+/// Names bytes without showing them.
+#[derive(Clone)]
+pub struct TokenKey {
+    key: Secret,
+    /// The hash begins with the key each time.
+    keyed: Hmac<Sha256>,
 }
+
+impl TokenKey {
+    pub fn new(key: Secret) -> Self {
+        Self { keyed: keyed(key.expose().as_bytes()), key }
+    }
+
+    /// The first 32 hexadecimal digits of their HMAC-SHA256.
+    pub fn token(&self, bytes: &[u8]) -> String {
+        let mut mac = self.keyed.clone();
+        mac.update(bytes);
+        let digest = mac.finalize().into_bytes();
+        hex(&digest[..16])
+    }
+}
+
+impl std::fmt::Debug for TokenKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("TokenKey")
+    }
+}
+
+impl PartialEq for TokenKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+}
+
+impl Eq for TokenKey {}
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()

@@ -12,7 +12,10 @@ use crate::{
         BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason, SubscriberName,
     },
     endpoint::webhook::{Request, TestAttempt, Webhook, example_headers},
-    event::{self, entry},
+    event::{
+        self,
+        entry::{self, Entry},
+    },
     policy::{
         answer::Health,
         verdict::{Attempt, Origin, decide},
@@ -113,8 +116,11 @@ fn body(subscriber: &Subscriber, batch_id: &BatchId) -> Vec<u8> {
     let with_id = if subscriber.event_ids { event::with_id(&plain, &id) } else { None };
     let event = with_id.map_or(plain, |with_id| with_id.body);
     let Subscriber { format, metadata, .. } = subscriber;
-    let events = [(event.as_slice(), Some(id.as_str()))].into_iter();
-    entry::body(*format, metadata, batch_id.as_str(), events, event.len())
+    // It has a type, so it has an entry in each format.
+    let entry = entry::of(*format, metadata, &event, Some(&id)).ok().flatten();
+    let bytes = entry.as_ref().map_or(event.len(), Entry::max_len);
+    let events = [(event.as_slice(), entry.as_ref())].into_iter();
+    entry::body(*format, (batch_id.as_str(), 0), events, bytes)
 }
 
 /// The verdict of a daemon on a first attempt with one event: in one word, and for people.

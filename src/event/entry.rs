@@ -30,23 +30,17 @@ pub struct Metadata {
     pub index: Option<String>,
 }
 
-/// What tells an event from all others: its producer's message id, or its place in a batch.
-#[derive(Debug, Clone, Copy)]
-pub struct Identity<'a> {
-    pub message_id: Option<&'a str>,
-    /// The id of the batch in which the event is sent first, of which later ones are halves.
-    pub batch_id: &'a str,
-    /// The event's place in that batch, from 1.
-    pub position: usize,
+/// An entry that is not the event itself, made before its batch has an id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    head: Vec<u8>,
+    /// What follows the id of a CloudEvent without a message id: that of the batch in which the event
+    /// is sent first, of which later ones are halves, and its place there.
+    behind_id: Option<Vec<u8>>,
 }
 
-/// The longest id of a batch that is no half, and the longest place in it: an entry's length is
-/// known before both are.
-const LONGEST: Identity<'static> = Identity {
-    message_id: None,
-    batch_id: "msg_00000000000000000000000000000000",
-    position: 65_535,
-};
+/// The longest such id as JSON: that of a batch that is no half, a dot, and a place of five digits.
+const LONGEST_ID: usize = "\"msg_00000000000000000000000000000000.65535\"".len();
 
 /// The last second of a `time`: a larger number is one in milliseconds.
 const LAST_SECOND: f64 = 4_102_444_799.0;
@@ -54,62 +48,70 @@ const LAST_SECOND: f64 = 4_102_444_799.0;
 /// Put after an `@` that could begin a mention: without width, and no part of a name.
 const ZERO_WIDTH_SPACE: char = '\u{200b}';
 
-/// The request body of events, each with its producer's message id, in the batch with this id.
-pub fn body<'e>(
+/// Makes the entry of an event; `None` in a format in which it is the event itself.
+///
+/// # Errors
+/// The event has no entry in this format; why, as a sentence.
+pub fn of(
     format: Format,
     metadata: &Metadata,
-    batch_id: &str,
-    events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e str>)>,
-    bytes: usize,
-) -> Vec<u8> {
-    body_of_part(format, metadata, (batch_id, 0), events, bytes)
+    event: &[u8],
+    message_id: Option<&str>,
+) -> Result<Option<Entry>, &'static str> {
+    let whole = |head| Entry { head, behind_id: None };
+    Ok(match format {
+        Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => None,
+        Format::SplunkHec => Some(whole(splunk_hec(metadata, event))),
+        Format::CloudEventsBatch => Some(cloud_event(metadata, event, message_id)?),
+        Format::Slack => Some(whole(line(event))),
+    })
 }
 
-/// As [`body`], of a part: its first event has `before` others before it in the batch with this id.
-pub fn body_of_part<'e>(
+impl Entry {
+    /// An upper bound for its bytes, exact unless its batch gives it an id.
+    pub fn max_len(&self) -> usize {
+        let behind = self.behind_id.as_ref().map(|rest| LONGEST_ID + rest.len());
+        self.head.len() + behind.unwrap_or_default()
+    }
+
+    /// The entry with this place in the batch with this id.
+    fn at(&self, batch_id: &str, place: usize) -> Cow<'_, [u8]> {
+        let Some(rest) = &self.behind_id else { return Cow::Borrowed(&self.head) };
+        let id = json_text(&format!("{batch_id}.{place}"));
+        Cow::Owned([&self.head, id.as_bytes(), rest].concat())
+    }
+}
+
+/// The request body of events, each with its entry, if that is another text. The first of them has
+/// `before` others before it in the batch with this id.
+pub fn body<'e>(
     format: Format,
-    metadata: &Metadata,
     (batch_id, before): (&str, usize),
-    events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e str>)>,
+    events: impl ExactSizeIterator<Item = (&'e [u8], Option<&'e Entry>)>,
     bytes: usize,
 ) -> Vec<u8> {
     if is_event(format) {
         return format.splice(events.map(|(event, _)| event), bytes);
     }
-    let entries = events.enumerate().map(|(n, (event, message_id))| {
-        let identity = Identity { message_id, batch_id, position: before + n + 1 };
-        entry(format, metadata, event, identity)
-    });
-    let entries: Vec<Vec<u8>> = entries.collect();
-    format.splice(entries.iter().map(|e| &e[..]), entries.iter().map(Vec::len).sum())
-}
-
-/// An upper bound for the bytes of an event's entry in a batch that has no id yet. Exact unless the
-/// entry has its place in the batch.
-pub fn max_len(
-    format: Format,
-    metadata: &Metadata,
-    event: &[u8],
-    message_id: Option<&str>,
-) -> usize {
-    if is_event(format) {
-        return event.len();
-    }
-    entry(format, metadata, event, Identity { message_id, ..LONGEST }).len()
+    let entry = |(n, (event, entry)): (usize, (&'e [u8], Option<&'e Entry>))| {
+        entry.map_or(Cow::Borrowed(event), |entry| entry.at(batch_id, before + n + 1))
+    };
+    let entries: Vec<Cow<'_, [u8]>> = events.enumerate().map(entry).collect();
+    format.splice(entries.iter().map(|entry| &**entry), bytes)
 }
 
 /// The event in an entry; `None` if there is none, as in a line for people.
 pub fn event_in(format: Format, entry: &[u8]) -> Option<&[u8]> {
     #[derive(serde::Deserialize)]
-    struct Entry<'e> {
+    struct Parts<'e> {
         #[serde(borrow, alias = "data")]
         event: &'e RawValue,
     }
     match format {
         Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => Some(entry),
         Format::SplunkHec | Format::CloudEventsBatch => {
-            let entry: Entry<'_> = serde_json::from_slice(entry).ok()?;
-            Some(entry.event.get().as_bytes())
+            let parts: Parts<'_> = serde_json::from_slice(entry).ok()?;
+            Some(parts.event.get().as_bytes())
         }
         Format::Slack => None,
     }
@@ -118,13 +120,6 @@ pub fn event_in(format: Format, entry: &[u8]) -> Option<&[u8]> {
 /// Whether an entry has all bytes of its event, so that one that is too large alone does not fit.
 pub const fn holds_event(format: Format) -> bool {
     !matches!(format, Format::Slack)
-}
-
-/// Why an event has no entry in this format, if it has none.
-pub fn unfit(format: Format, event: &[u8]) -> Option<&'static str> {
-    let is_nameless = || head(event).0.is_some_and(|event_type| event_type.get() == "\"\"");
-    let is_unfit = format == Format::CloudEventsBatch && is_nameless();
-    is_unfit.then_some("the event's field `event` is empty, and the `type` of a CloudEvent is not")
 }
 
 /// Whether events with the same bytes can have entries that differ.
@@ -137,15 +132,6 @@ const fn is_event(format: Format) -> bool {
     match format {
         Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => true,
         Format::SplunkHec | Format::CloudEventsBatch | Format::Slack => false,
-    }
-}
-
-fn entry(format: Format, metadata: &Metadata, event: &[u8], identity: Identity<'_>) -> Vec<u8> {
-    match format {
-        Format::Json | Format::JsonLines | Format::JsonArray | Format::Single => event.to_vec(),
-        Format::SplunkHec => splunk_hec(metadata, event),
-        Format::CloudEventsBatch => cloud_event(metadata, event, identity),
-        Format::Slack => line(event),
     }
 }
 
@@ -164,21 +150,33 @@ fn splunk_hec(metadata: &Metadata, event: &[u8]) -> Vec<u8> {
     object.end("event", event)
 }
 
-fn cloud_event(metadata: &Metadata, event: &[u8], identity: Identity<'_>) -> Vec<u8> {
-    let Identity { message_id, batch_id, position } = identity;
+fn cloud_event(
+    metadata: &Metadata,
+    event: &[u8],
+    message_id: Option<&str>,
+) -> Result<Entry, &'static str> {
     let (event_type, timestamp) = head(event);
-    let mut object = Object::with_room_for(event);
-    object.add("specversion", "\"1.0\"");
-    match message_id.filter(|id| !id.is_empty()) {
-        Some(id) => object.add_text("id", id),
-        None => object.add_text("id", &format!("{batch_id}.{position}")),
+    let event_type = event_type.map_or("\"\"", RawValue::get);
+    if event_type == "\"\"" {
+        return Err("the event's field `event` is empty, and the `type` of a CloudEvent is not");
     }
-    object.add_text("source", metadata.source.as_deref().unwrap_or_default());
-    object.add("type", event_type.map_or("\"\"", RawValue::get));
+    let mut rest = Object::with_room_for(event);
+    rest.add_text("source", metadata.source.as_deref().unwrap_or_default());
+    rest.add("type", event_type);
     if let Some(time) = timestamp.and_then(|time| seconds(time.get())) {
-        object.add_text("time", &rfc3339(time));
+        rest.add_text("time", &rfc3339(time));
     }
-    object.end("data", event)
+    let mut rest = rest.end("data", event);
+    // It follows another field.
+    rest[0] = b',';
+    let before_id = br#"{"specversion":"1.0","id":"#;
+    Ok(match message_id.filter(|id| !id.is_empty()) {
+        Some(id) => {
+            let head = [before_id, json_text(id).as_bytes(), &rest].concat();
+            Entry { head, behind_id: None }
+        }
+        None => Entry { head: before_id.to_vec(), behind_id: Some(rest) },
+    })
 }
 
 /// An object that is written field by field; the last one is the event.
@@ -198,7 +196,7 @@ impl Object {
     }
 
     fn add_text(&mut self, name: &str, text: &str) {
-        self.add(name, &serde_json::Value::from(text).to_string());
+        self.add(name, &json_text(text));
     }
 
     fn end(mut self, name: &str, event: &[u8]) -> Vec<u8> {
@@ -207,6 +205,10 @@ impl Object {
         }
         self.0
     }
+}
+
+fn json_text(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
 }
 
 /// The last fields `event` and `timestamp` as they are written.
@@ -243,7 +245,7 @@ fn line(event: &[u8]) -> Vec<u8> {
         let text = seconds(&time).map_or_else(|| time.clone(), rfc3339);
         line.push_str(&format!(" ({text})"));
     }
-    let json = serde_json::Value::from(inert(&line)).to_string();
+    let json = json_text(&inert(&line));
     json.trim_start_matches('"').strip_suffix('"').unwrap_or_default().as_bytes().to_vec()
 }
 
@@ -293,9 +295,25 @@ mod tests {
         Metadata { source: text("a \"b\""), sourcetype: text("audit"), index: text("main") }
     }
 
+    /// The body of events with their message ids, and its longest length by the entries' own.
+    fn made(
+        format: Format,
+        metadata: &Metadata,
+        events: &[(&str, Option<&str>)],
+    ) -> (Vec<u8>, usize) {
+        let entry = |(event, id): &(&str, Option<&str>)| {
+            of(format, metadata, event.as_bytes(), *id).expect("has one")
+        };
+        let entries: Vec<Option<Entry>> = events.iter().map(entry).collect();
+        let both = events.iter().map(|(event, _)| event.as_bytes()).zip(&entries);
+        let bytes = both.clone().map(|(e, entry)| entry.as_ref().map_or(e.len(), Entry::max_len));
+        let bytes = bytes.sum();
+        let parts = both.map(|(event, entry)| (event, entry.as_ref()));
+        (body(format, (ID, 0), parts, bytes), format.body_len(events.len(), bytes))
+    }
+
     fn text(format: Format, metadata: &Metadata, events: &[(&str, Option<&str>)]) -> String {
-        let all: Vec<_> = events.iter().map(|(event, id)| (event.as_bytes(), *id)).collect();
-        String::from_utf8(body(format, metadata, ID, all.into_iter(), 0)).expect("UTF-8")
+        String::from_utf8(made(format, metadata, events).0).expect("UTF-8")
     }
 
     #[test]
@@ -389,6 +407,11 @@ mod tests {
         assert_eq!(text(Format::Slack, &Metadata::default(), &two), r#"{"text":"a\nb"}"#);
     }
 
+    fn event_type_is_empty(event: &str) -> bool {
+        let event: Value = serde_json::from_str(event).expect("JSON");
+        event["event"] == ""
+    }
+
     fn event() -> impl Strategy<Value = String> {
         let timestamp = prop_oneof![Just(None), any::<u32>().prop_map(Some)];
         ("\\PC{0,12}", "\\PC{0,12}", timestamp, any::<bool>()).prop_map(|(kind, s, t, pretty)| {
@@ -405,19 +428,22 @@ mod tests {
         ) {
             for format in Format::ALL {
                 let most = format.most_events().unwrap_or(events.len());
-                let events: Vec<(&[u8], Option<&str>)> =
-                    events.iter().take(most).map(|(event, id)| (event.as_bytes(), id.as_deref())).collect();
-                let body = body(format, &metadata(), ID, events.iter().copied(), 0);
+                let events: Vec<(&str, Option<&str>)> =
+                    events.iter().take(most).map(|(event, id)| (&**event, id.as_deref())).collect();
+                let nameless = events.iter().any(|(event, _)| event_type_is_empty(event));
+                if format == Format::CloudEventsBatch && nameless {
+                    continue;
+                }
+                let (body, longest) = made(format, &metadata(), &events);
                 let entries = format.entries(&body).expect("made by splice");
                 prop_assert_eq!(entries.len(), events.len());
                 prop_assert_eq!(format.first_entry(&body), entries.first().copied());
-                let bytes = events.iter().map(|(e, id)| max_len(format, &metadata(), e, *id)).sum();
-                prop_assert!(body.len() <= format.body_len(events.len(), bytes));
+                prop_assert!(body.len() <= longest);
                 for (entry, (event, _)) in entries.into_iter().zip(events) {
                     match (format, event_in(format, entry)) {
                         (Format::Slack, found) => prop_assert_eq!(found, None),
                         (Format::JsonLines, found) => prop_assert!(found.is_some()),
-                        (_, found) => prop_assert_eq!(found, Some(event)),
+                        (_, found) => prop_assert_eq!(found, Some(event.as_bytes())),
                     }
                 }
             }

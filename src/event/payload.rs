@@ -43,6 +43,16 @@ impl Format {
         Self::Slack,
     ];
 
+    /// All names in the configuration.
+    pub const NAMES: [&'static str; Self::ALL.len()] = {
+        let (mut names, mut n) = ([""; Self::ALL.len()], 0);
+        while n < names.len() {
+            names[n] = Self::ALL[n].name();
+            n += 1;
+        }
+        names
+    };
+
     /// The `content-type` of a request in this format, unless the subscriber has another.
     pub const fn content_type(self) -> &'static str {
         match self {

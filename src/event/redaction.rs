@@ -6,7 +6,7 @@ use serde::de::{Deserializer as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::{key::Key, pointer::Pointer};
-use crate::crypto::{secret::Secret, signature::token};
+use crate::crypto::signature::TokenKey;
 
 /// The keys `redact` and `redact_with` of a subscriber. Nothing is redacted without places.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub enum With {
     Text(String),
     /// The first 32 hexadecimal digits of an HMAC-SHA256 over the value's JSON bytes: the same value
     /// has the same token.
-    Hmac(Secret),
+    Hmac(TokenKey),
 }
 
 /// The text that stands for a value where no other is configured.
@@ -108,7 +108,7 @@ impl Redaction {
     pub fn label(&self) -> String {
         let with = match &self.with {
             With::Text(text) => format!("text {text}"),
-            With::Hmac(key) => format!("hmac {}", token(key, b"")),
+            With::Hmac(key) => format!("hmac {}", key.token(b"")),
         };
         let places: Vec<&str> = self.places.iter().map(Place::as_str).collect();
         format!("{}\0{with}", places.join("\0"))
@@ -141,7 +141,7 @@ impl Redaction {
     fn stand_in(&self, value: &str) -> String {
         match &self.with {
             With::Text(text) => serde_json::Value::from(text.as_str()).to_string(),
-            With::Hmac(key) => format!("\"{}\"", token(key, value.as_bytes())),
+            With::Hmac(key) => format!("\"{}\"", key.token(value.as_bytes())),
         }
     }
 }
@@ -221,6 +221,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::crypto::secret::Secret;
 
     fn redaction(places: &[&str], with: With) -> Redaction {
         let places = places.iter().map(|text| Place::try_new(text).expect("a place")).collect();
@@ -273,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_token_is_of_the_values_bytes_and_the_key() {
-        let with = |key: &str| With::Hmac(Secret::new(key));
+        let with = |key: &str| With::Hmac(TokenKey::new(Secret::new(key)));
         let apply = |key: &str, event: &str| {
             let found = redaction(&["/a"], with(key)).apply(event).expect("an event");
             let event: Value = serde_json::from_str(&found.expect("a hit")).expect("JSON");

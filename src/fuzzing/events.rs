@@ -7,7 +7,7 @@ use serde_json::{Value, json, value::RawValue};
 use super::json::{Fields, SEPARATOR, WHITE_SPACE, plain_head};
 use crate::event::{
     self, Pattern,
-    entry::{self, Metadata, event_in, max_len},
+    entry::{self, Entry, Metadata, event_in},
     payload::Format,
     redaction::{Place, Redaction, With},
 };
@@ -121,9 +121,13 @@ pub fn splice(bytes: &[u8]) {
     for format in Format::ALL {
         let events = &all[..format.most_events().unwrap_or(all.len()).min(all.len())];
         let metadata = Metadata { source: Some("/a".to_owned()), ..Metadata::default() };
-        let with_ids = events.iter().map(|event| (*event, None));
-        let body = entry::body(format, &metadata, "msg_1", with_ids, 0);
-        let most = events.iter().map(|e| max_len(format, &metadata, e, None)).sum();
+        let made: Result<Vec<Option<Entry>>, _> =
+            events.iter().map(|event| entry::of(format, &metadata, event, None)).collect();
+        // An event with an empty type is no CloudEvent.
+        let Ok(made) = made else { continue };
+        let parts = events.iter().zip(&made).map(|(event, entry)| (*event, entry.as_ref()));
+        let body = entry::body(format, ("msg_1", 0), parts.clone(), 0);
+        let most = parts.map(|(e, entry)| entry.map_or(e.len(), Entry::max_len)).sum();
         let longest = format.body_len(events.len(), most);
         let is_shorter = matches!(format, Format::JsonLines | Format::CloudEventsBatch);
         assert!(body.len() == longest || is_shorter && body.len() < longest);

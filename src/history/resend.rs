@@ -15,7 +15,7 @@ use crate::{
     delivery::{AttemptLog, Batch, BatchId, Print, Reason},
     event::{
         Tenant,
-        entry::{self, Metadata},
+        entry::{self, Entry, Metadata},
         payload::Format,
         redaction::Redaction,
     },
@@ -310,15 +310,20 @@ impl<'p> Hunt<'p> {
         rows: impl Iterator<Item = &'r EventRow>,
         event_ids: bool,
     ) -> Option<Vec<u8>> {
-        let with_id = |row: &'r EventRow| {
-            Some((sent(row, event_ids, self.redaction)?, row.message_id.as_deref()))
+        let part = |row: &'r EventRow| {
+            let body = sent(row, event_ids, self.redaction)?;
+            let id = row.message_id.as_deref();
+            let entry = entry::of(self.format, self.metadata, &body, id).ok()?;
+            Some((body, entry))
         };
-        let bodies = rows.map(with_id).collect::<Option<Vec<(Bytes, Option<&str>)>>>()?;
-        let bytes = bodies.iter().map(|(body, _)| body.len()).sum();
-        let events = bodies.iter().map(|(body, id)| (&body[..], *id));
+        let parts = rows.map(part).collect::<Option<Vec<(Bytes, Option<Entry>)>>>()?;
+        let length = |(body, entry): &(Bytes, Option<Entry>)| {
+            entry.as_ref().map_or(body.len(), Entry::max_len)
+        };
+        let bytes = parts.iter().map(length).sum();
+        let events = parts.iter().map(|(body, entry)| (&body[..], entry.as_ref()));
         let of_part = |before: &usize| {
-            let place = (self.whole.as_str(), *before);
-            entry::body_of_part(self.format, self.metadata, place, events.clone(), bytes)
+            entry::body(self.format, (self.whole.as_str(), *before), events.clone(), bytes)
         };
         let is_it = |body: &Vec<u8>| <[u8; 32]>::from(Sha256::digest(body)) == self.sha256;
         self.before.iter().map(of_part).find(is_it)
@@ -440,10 +445,14 @@ mod tests {
             let rows: Vec<NewRow> = bodies.iter().zip(0..).map(|(body, n)| new(body, n)).collect();
             let without = |row: &NewRow| NewRow { message_id: None, ..row.clone() };
             let rows = if with_ids { rows } else { rows.iter().map(without).collect() };
-            let with_id = rows.iter().map(|row| (&row.body[..], row.message_id.as_deref()));
+            let entry_of = |row: &NewRow| {
+                entry::of(format, &metadata, &row.body, row.message_id.as_deref()).expect("has one")
+            };
+            let entries: Vec<Option<Entry>> = rows.iter().map(entry_of).collect();
+            let both = rows.iter().zip(&entries).map(|(row, e)| (&row.body[..], e.as_ref()));
             let whole = Batch {
                 id: BatchId::from("msg_0123"),
-                body: entry::body(format, &metadata, "msg_0123", with_id, 0).into(),
+                body: entry::body(format, ("msg_0123", 0), both, 0).into(),
                 format,
                 events: 7,
                 attempts: 1,

@@ -16,7 +16,7 @@ use crate::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
         Print, Trace, is_traceparent,
     },
-    event::entry::{self, Metadata},
+    event::entry::{self, Entry, Metadata},
     policy::{
         circuit_breaker::Begun,
         turn::Turn,
@@ -36,7 +36,9 @@ pub(super) struct Admitted {
     pub(super) added: Option<Range<usize>>,
     /// The print of the published bytes, if other values are in its body.
     pub(super) print: Option<Print>,
-    /// The most bytes of its entry in a request body.
+    /// What stands for it in a request body, if that is not the event itself.
+    pub(super) entry: Option<Entry>,
+    /// The most bytes of that.
     pub(super) bytes: usize,
     /// The field `timestamp`.
     pub(super) happened_at: Option<SystemTime>,
@@ -129,7 +131,7 @@ pub(super) fn first_attempt(
     events: Vec<Admitted>,
     bytes: usize,
 ) -> InFlight {
-    let (format, metadata) = (subscriber.format, &subscriber.metadata);
+    let format = subscriber.format;
     let now = clock::now();
     let (happened_at, arrived_at) =
         events.first().map_or((None, now), |e| (e.happened_at, e.arrived_at));
@@ -140,9 +142,9 @@ pub(super) fn first_attempt(
     if let Trace::New(new) = &trace {
         log_links(subscriber, &id, new, &events);
     }
-    let with_ids = events.iter().map(|e| (&e.event.body[..], e.event.message_id.as_deref()));
+    let entries = events.iter().map(|e| (&e.event.body[..], e.entry.as_ref()));
     let batch = Batch {
-        body: entry::body(format, metadata, id.as_str(), with_ids, bytes).into(),
+        body: entry::body(format, (id.as_str(), 0), entries, bytes).into(),
         id,
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),

@@ -6,7 +6,13 @@ use super::in_flight::{Admitted, happened_at};
 use crate::{
     config::Subscriber,
     delivery::{Batch, DeadLetter, MessageKind, Print, Reason},
-    event::{WithId, entry, head, redaction::Redaction, with_id},
+    event::{
+        WithId,
+        entry::{self, Entry},
+        head,
+        redaction::Redaction,
+        with_id,
+    },
     policy::batching::Batcher,
     queue::{Event, Receipt, Taken},
 };
@@ -78,10 +84,18 @@ impl Sorted {
         let published = event.body.clone();
         match prepare(&mut event, subscriber, batcher) {
             Ok(None) => self.filtered.push(event.receipt),
-            Ok(Some(Prepared { timestamp, added, print, bytes })) => {
+            Ok(Some(Prepared { timestamp, added, print, entry, bytes })) => {
                 let arrived_at = event.published_at.unwrap_or(now);
                 let happened_at = happened_at(timestamp);
-                self.events.push(Admitted { event, added, print, bytes, happened_at, arrived_at });
+                self.events.push(Admitted {
+                    event,
+                    added,
+                    print,
+                    entry,
+                    bytes,
+                    happened_at,
+                    arrived_at,
+                });
             }
             Err((reason, error)) => {
                 let Event { content_type, message_id, receipt, .. } = event;
@@ -100,6 +114,7 @@ struct Prepared {
     added: Option<Range<usize>>,
     /// The print of what was published, if values were redacted.
     print: Option<Print>,
+    entry: Option<Entry>,
     /// The most bytes of its entry.
     bytes: usize,
 }
@@ -127,7 +142,8 @@ fn prepare(
     }
     let mut print = None;
     if let Some(redacted) = redacted(&subscriber.redaction, &event.body)? {
-        print = Some(Print::of(&event.body));
+        // A queue that has checked the event knows it.
+        print = event.checked.is_none().then(|| Print::of(&event.body));
         event.body = redacted.into();
     }
     let Subscriber { format, metadata, .. } = subscriber;
@@ -145,14 +161,13 @@ fn prepare(
         event.body = body.into();
         added = Some(field);
     }
-    if let Some(why) = entry::unfit(*format, &event.body) {
-        return Err((Reason::InvalidEvent, why.to_owned()));
-    }
-    let bytes = entry::max_len(*format, metadata, &event.body, event.message_id.as_deref());
+    let entry = entry::of(*format, metadata, &event.body, event.message_id.as_deref());
+    let entry = entry.map_err(|why| (Reason::InvalidEvent, why.to_owned()))?;
+    let bytes = entry.as_ref().map_or(event.body.len(), Entry::max_len);
     if !batcher.fits(bytes) {
         return Err((Reason::TooLarge, format!("in the format {} {}", format.name(), too_large())));
     }
-    Ok(Some(Prepared { timestamp, added, print, bytes }))
+    Ok(Some(Prepared { timestamp, added, print, entry, bytes }))
 }
 
 /// The event without the values that are not to be seen; `None` if it has none of them. One in which

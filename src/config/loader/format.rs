@@ -28,10 +28,10 @@ pub(super) fn bodies(
     let format =
         reader.one_of(keys.get("format"), &Format::ALL.map(|format| (format.name(), format)))?;
     let content_type = content_type(reader, keys, format);
-    let hec = [Format::SplunkHec];
-    let source = text(reader, keys, "source", format, &[hec[0], Format::CloudEventsBatch]);
-    let sourcetype = text(reader, keys, "sourcetype", format, &hec);
-    let index = text(reader, keys, "index", format, &hec);
+    const HEC: Format = Format::SplunkHec;
+    let source = text(reader, keys, "source", format, &[HEC, Format::CloudEventsBatch]);
+    let sourcetype = text(reader, keys, "sourcetype", format, &[HEC]);
+    let index = text(reader, keys, "index", format, &[HEC]);
     if format == Format::CloudEventsBatch && source == Some(None) {
         reader.report_missing(
             section,

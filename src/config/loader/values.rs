@@ -10,6 +10,7 @@ use crate::{
         keys,
         reader::Reader,
     },
+    crypto::signature::TokenKey,
     event::{
         Pointer,
         condition::{Condition, Conditions},
@@ -96,5 +97,5 @@ fn with(reader: &Reader<'_>, value: &Value<'_>) -> Option<With> {
         );
         return None;
     };
-    signing::secret(reader, &key).map(With::Hmac)
+    signing::secret(reader, &key).map(|key| With::Hmac(TokenKey::new(key)))
 }

@@ -10,7 +10,7 @@ use crate::{
     delivery::{AttemptLog, Batch, BatchId, Print},
     event::{
         condition::{Condition, Conditions},
-        entry::{self, max_len},
+        entry::{self, Entry},
         head,
         redaction::Redaction,
         with_id,
@@ -36,7 +36,7 @@ pub(super) struct Filling {
 struct Chosen {
     number: EventNumber,
     body: Bytes,
-    message_id: Option<String>,
+    entry: Option<Entry>,
     print: Print,
 }
 
@@ -74,7 +74,7 @@ impl Filling {
         let is_chosen = is_chosen(&self.order, row, &self.values);
         let chosen = is_chosen.then(|| sendable(&self.order, row, &self.values));
         let mut filled = None;
-        if let Some(Some((_, bytes))) = &chosen
+        if let Some(Some((.., bytes))) = &chosen
             && !self.fits(*bytes)
         {
             // Before this row is counted: a replay that goes on there reads it again.
@@ -86,10 +86,10 @@ impl Filling {
         match chosen {
             None => {}
             Some(None) => self.progress.unusable += 1,
-            Some(Some((body, bytes))) => {
+            Some(Some((body, entry, bytes))) => {
                 self.bytes += bytes;
-                let (print, message_id) = (Print::from_sha256(&row.sha256), row.message_id.clone());
-                self.events.push(Chosen { number: row.number, body, message_id, print });
+                let print = Print::from_sha256(&row.sha256);
+                self.events.push(Chosen { number: row.number, body, entry, print });
             }
         }
         let is_full = self.events.len() >= self.order.max_events;
@@ -112,15 +112,15 @@ impl Filling {
         let events = std::mem::take(&mut self.events);
         let bytes = std::mem::take(&mut self.bytes);
         let first = events.first()?.number;
-        let ReplayOrder { format, metadata, .. } = &self.order;
+        let format = self.order.format;
         let id = batch_id(&self.id, first, &self.values);
-        let with_ids = events.iter().map(|e| (&e.body[..], e.message_id.as_deref()));
+        let entries = events.iter().map(|e| (&e.body[..], e.entry.as_ref()));
         self.progress.enqueued += events.len() as u64;
         self.progress.batches += 1;
         let batch = Batch {
-            body: entry::body(*format, metadata, id.as_str(), with_ids, bytes).into(),
+            body: entry::body(format, (id.as_str(), 0), entries, bytes).into(),
             id,
-            format: *format,
+            format,
             events: u32::try_from(events.len()).unwrap_or(u32::MAX),
             attempts: 0,
             first_attempt_at: None,
@@ -170,17 +170,21 @@ pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow, values: &Values) ->
         && row.body.as_ref().is_none_or(|body| values.conditions.hold(body))
 }
 
-/// The bytes of an event as a lane sends them, and the most of its entry; `None` if it would give
-/// the event up.
-fn sendable(order: &ReplayOrder, row: &EventRow, values: &Values) -> Option<(Bytes, usize)> {
+/// The bytes of an event as a lane sends them, its entry, and the most bytes of that; `None` if it
+/// would give the event up.
+fn sendable(
+    order: &ReplayOrder,
+    row: &EventRow,
+    values: &Values,
+) -> Option<(Bytes, Option<Entry>, usize)> {
     let ReplayOrder { format, metadata, .. } = order;
     let fits = |bytes: usize| format.body_len(1, bytes) <= order.max_bytes;
-    let is_fit = |body: &[u8]| head(body).is_ok() && entry::unfit(*format, body).is_none();
-    let body = row.body.as_ref().filter(|body| is_fit(body))?;
+    let body = row.body.as_ref().filter(|body| head(body).is_ok())?;
     let id = row.message_id.as_deref();
     let body = as_sent(body, id.filter(|_| order.event_ids), &values.redaction)?;
-    let bytes = max_len(*format, metadata, &body, id);
-    fits(bytes).then_some((body, bytes))
+    let entry = entry::of(*format, metadata, &body, id).ok()?;
+    let bytes = entry.as_ref().map_or(body.len(), Entry::max_len);
+    fits(bytes).then_some((body, entry, bytes))
 }
 
 /// An event without what is redacted, and with its id as its field `event_id`, if it has none; `None`
