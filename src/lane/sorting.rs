@@ -272,8 +272,14 @@ mod tests {
 
     #[test]
     fn a_print_is_that_of_the_published_bytes_whatever_is_sent() {
-        let body = "{ \"event\":\n\"a\" }\n";
-        for settings in ["", "event_ids = true", "format = \"jsonl\"\nevent_ids = true"] {
+        let body = "{ \"event\":\n\"a\", \"s\":1 }\n";
+        for settings in [
+            "",
+            "event_ids = true",
+            "format = \"jsonl\"\nevent_ids = true",
+            "redact = [\"/s\"]\nevent_ids = true",
+            "format = \"splunk_hec\"",
+        ] {
             let subscriber = subscriber("a", settings);
             let sorted = sorted(&subscriber, vec![Taken::Event(event(body))]);
             let batch = first_attempt(&subscriber, sorted.events, 100).batch;

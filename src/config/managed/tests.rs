@@ -106,6 +106,10 @@ fn a_document_reads_no_variable_and_no_file_and_has_no_key_that_does() {
         }
         let wrong = found.expect_err(field);
         assert!(wrong.len() == 1 && wrong[0].field == field, "{keys}: {wrong:?}");
+        // It is not read first, and its text found wrong then.
+        let is_file = keys.to_string().contains(":\"file:") || field == "secrets[0]";
+        let of_file = wrong[0].detail.starts_with("no file is read");
+        assert_eq!(is_file && field != "redact_with", of_file, "{keys}: {wrong:?}");
     }
 }
 
