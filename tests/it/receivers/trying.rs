@@ -172,7 +172,7 @@ fn what_keeps_a_test_event_from_arriving_is_told() {
 }
 
 /// `listen` as a process.
-pub(super) struct Listen(Child, pub(super) String, JoinHandle<String>);
+pub(super) struct Listen(Child, pub(super) String, Option<JoinHandle<String>>);
 
 impl Listen {
     pub(super) async fn start(arguments: &[&str]) -> Self {
@@ -188,19 +188,28 @@ impl Listen {
         // It waits for who reads what it prints.
         let output = child.stdout.take().expect("piped");
         let printed = std::thread::spawn(|| std::io::read_to_string(output).expect("text"));
+        let listen = Self(child, format!("http://{url}/"), Some(printed));
         eventually("it listens", async || {
             tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
         .await;
-        Self(child, format!("http://{url}/"), printed)
+        listen
     }
 
     /// Ends it; what it printed.
     pub(super) fn lines(mut self) -> Vec<Value> {
         kill("-TERM", self.0.id());
         self.0.wait().expect("ends");
-        let output = self.2.join().expect("no panic");
+        let printed = self.2.take().expect("read once");
+        let output = printed.join().expect("no panic");
         output.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+    }
+}
+
+impl Drop for Listen {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 
