@@ -15,6 +15,9 @@
 //!   each one's in order. The consumers are in the order of their names as long as there are at
 //!   most 32 of them: after a kill -9, 2,000 messages of 16 consumers were requeued in their order,
 //!   those of 63 were not.
+//! - The end of a channel is answered before its messages are requeued: while each write took
+//!   300 ms, a queue was counted as empty for that time. What was begun before the begin of a
+//!   consumer has happened when that is answered.
 //! - Acks are not answered. A channel passes on 33 of them, and more when the queue has them on the
 //!   disk. Those that it has not passed on when it is closed are lost, and their messages are
 //!   redelivered. A depth is answered at once, whatever is on its way to the disk; the begin and
@@ -408,10 +411,13 @@ impl<'q> Passes<'q> {
 
     /// A pass through a queue; `None` if the queue is empty.
     async fn at(&self, name: String) -> Result<Option<Pass>, QueueError> {
-        match count(self.shared, &name).await?.unwrap_or(0) {
-            0 => Ok(None),
-            messages => Ok(Some(Pass::new(self.connection.lease().await?, name, messages))),
+        let Some(messages) = count(self.shared, &name).await? else { return Ok(None) };
+        let mut pass = Pass::new(self.connection.lease().await?, name);
+        if pass.begin(messages).await? {
+            return Ok(Some(pass));
         }
+        pass.close().await?;
+        Ok(None)
     }
 
     /// Shows each message of a queue; returns the number of those that could not be reached.
@@ -446,7 +452,7 @@ struct Pass {
     lease: Lease,
     queue: String,
     began: Instant,
-    /// Messages not taken yet, of those counted at the begin.
+    /// Messages not taken yet, of those that were there at the begin.
     left: u32,
     ready: VecDeque<Delivery>,
     consumers: u32,
@@ -460,21 +466,34 @@ struct Pass {
 }
 
 impl Pass {
-    fn new(lease: Lease, queue: String, messages: u32) -> Self {
-        let share =
-            u16::try_from(messages.div_ceil(CONSUMERS)).unwrap_or(u16::MAX).max(FIRST_WINDOW);
+    fn new(lease: Lease, queue: String) -> Self {
         Self {
             lease,
             queue,
             began: clock::instant(),
-            left: messages,
+            left: 0,
             ready: VecDeque::new(),
             consumers: 0,
             window: FIRST_WINDOW,
-            share,
+            share: FIRST_WINDOW,
             amid_returned: false,
             acked: false,
         }
+    }
+
+    /// Takes the first messages; whether there are any.
+    ///
+    /// What an earlier pass held is perhaps not requeued yet, and then not counted either. It is
+    /// there when the first consumer has begun, and is counted again behind it.
+    async fn begin(&mut self, counted: u32) -> Result<bool, QueueError> {
+        let wanted = u16::try_from(counted).unwrap_or(u16::MAX).min(FIRST_WINDOW);
+        let came = self.take(FIRST_WINDOW, wanted).await?;
+        self.left = self.depth().await?;
+        let messages = self.left + u32::from(came);
+        self.share =
+            u16::try_from(messages.div_ceil(CONSUMERS)).unwrap_or(u16::MAX).max(FIRST_WINDOW);
+        self.size_window();
+        Ok(messages > 0)
     }
 
     fn held(&self) -> Duration {
@@ -519,12 +538,26 @@ impl Pass {
         cancelled.map_err(|why| self.error(&why))
     }
 
-    /// Takes the next few with a consumer of its own.
+    /// Takes the next few.
     async fn fill(&mut self) -> Result<(), QueueError> {
         let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
-        let (name, mut consumer) = self.consume(wanted).await?;
+        let came = self.take(wanted, wanted).await?;
+        self.left = self.left.saturating_sub(came.into());
+        if came < wanted {
+            // Some have gone on since they were counted; those that are there now may be newer, or
+            // slow.
+            self.left = self.left.min(self.depth().await?);
+        }
+        self.size_window();
+        Ok(())
+    }
+
+    /// Takes at most `most` messages with a consumer of its own, and waits for `expected` of them
+    /// as long as there is no silence; returns how many came.
+    async fn take(&mut self, most: u16, expected: u16) -> Result<u16, QueueError> {
+        let (name, mut consumer) = self.consume(most).await?;
         let mut came = 0;
-        while came < wanted
+        while came < expected
             && let Ok(next) = timeout(SILENCE, consumer.next()).await
         {
             self.took(next)?;
@@ -536,16 +569,13 @@ impl Pass {
             self.took(Some(next))?;
             came += 1;
         }
-        self.left = self.left.saturating_sub(came.into());
-        if came < wanted {
-            // Some have gone on since they were counted; those that are there now may be newer, or
-            // slow.
-            self.left = self.left.min(self.depth().await?);
-        }
+        Ok(came)
+    }
+
+    fn size_window(&mut self) {
         let largest = self.ready.iter().map(|d| d.data.len()).max().unwrap_or(1).max(1);
         self.window =
             u16::try_from(WINDOW_BYTES / largest).unwrap_or(u16::MAX).clamp(1, self.share);
-        Ok(())
     }
 
     fn took(&mut self, next: Option<lapin::Result<Delivery>>) -> Result<(), QueueError> {

@@ -40,6 +40,7 @@ tests_that_need!(
     a_batch_of_an_earlier_version_does_not_show_when_it_is_due_and_is_sent_now_all_the_same,
     what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder,
     what_waits_in_a_queue_that_is_busy_is_listed,
+    what_one_command_has_not_given_back_yet_is_seen_by_the_next,
     what_is_inspected_over_and_over_comes_due_in_its_order_and_at_its_time,
 );
 
@@ -673,12 +674,10 @@ fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
             broker.put(&level, &way(12, name), b"{}", envelope(&format!("msg_{n}"), 1)).await;
         }
         broker.wait_depth("delay.12", 61).await;
-        // Each write takes 300 ms; a queue is counted without one.
-        let slow = "register(slow, spawn(fun F() -> sys:suspend(ra_log_wal), timer:sleep(300), sys:resume(ra_log_wal), F() end)).";
-        broker.node().ctl(&["eval", slow]);
+        slow_disk(&broker);
         let moved: Value =
             serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
-        broker.node().ctl(&["eval", "exit(whereis(slow), kill), sys:resume(ra_log_wal)."]);
+        quick_disk(&broker);
         assert_eq!(moved["moved"], 60);
         broker.wait_depth("sub.a.retry", 60).await;
         let mut left = None;
@@ -688,6 +687,43 @@ fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
         })
         .await;
         assert_eq!(left, Some(1), "the one of b alone");
+    });
+}
+
+/// Each write takes 300 ms; a queue is counted without one.
+fn slow_disk(broker: &Broker) {
+    let slow = "register(slow, spawn(fun F() -> sys:suspend(ra_log_wal), timer:sleep(300), sys:resume(ra_log_wal), F() end)).";
+    broker.node().ctl(&["eval", slow]);
+}
+
+fn quick_disk(broker: &Broker) {
+    broker.node().ctl(&["eval", "exit(whereis(slow), kill), sys:resume(ra_log_wal)."]);
+}
+
+/// The broker answers the end of a channel before it requeues the messages.
+fn what_one_command_has_not_given_back_yet_is_seen_by_the_next() {
+    run(async {
+        let broker = Broker::private().await;
+        let setup = alone(&broker).await;
+        let level = format!("{}.delay.12", broker.prefix);
+        let put = async |n: u32| {
+            let id = format!("msg_{n}");
+            broker.put(&level, &way(12, "a"), b"{}", envelope(&id, 1)).await;
+            id
+        };
+        let listed = || ids(&waiting(&setup, "a")).into_iter().collect::<BTreeSet<_>>();
+        let mut expected = BTreeSet::new();
+        for n in 0..40 {
+            expected.insert(put(n).await);
+        }
+        broker.wait_depth("delay.12", 40).await;
+        slow_disk(&broker);
+        for _ in 0..2 {
+            assert_eq!(listed(), expected);
+        }
+        expected.insert(put(40).await);
+        assert_eq!(listed(), expected);
+        quick_disk(&broker);
     });
 }
 
