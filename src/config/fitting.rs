@@ -143,7 +143,7 @@ pub fn misfits(subscriber: &Subscriber) -> Vec<Misfit> {
         && !has_query
     {
         let remedy = match *usual {
-            "Bearer" => "set auth = { bearer = \"${TOKEN}\" }".to_owned(),
+            "Bearer" => "set auth = { oauth2 = { token_url = \"https://…\", client_id = \"…\", client_secret = \"${SECRET}\", scope = \"…\" } }, or { bearer = \"${TOKEN}\" }".to_owned(),
             scheme => format!("set headers = {{ \"Authorization\" = \"{scheme} ${{TOKEN}}\" }}"),
         };
         add(format!("{title} refuses requests without `Authorization: {usual} …`"), remedy);
@@ -159,7 +159,7 @@ fn authorizes(subscriber: &Subscriber, scheme: &str) -> bool {
     };
     let url = subscriber.url.expose();
     match (scheme, &subscriber.auth) {
-        ("Bearer", Some(Auth::Bearer(_))) | ("Basic", Some(Auth::Basic { .. })) => true,
+        ("Bearer", Some(Auth::Bearer(_) | Auth::OAuth2(_))) | ("Basic", Some(Auth::Basic { .. })) => true,
         ("Basic", _) if url.password().is_some() => true,
         _ => subscriber.headers.iter().any(|(name, value)| *name == AUTHORIZATION && begins(value)),
     }

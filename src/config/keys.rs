@@ -739,6 +739,19 @@ pub static SUBSCRIBER: &[Key] = &[
                     )
                 }
                 Auth::Bearer(_) => format!("{{ bearer = {} }}", quoted(REDACTED)),
+                Auth::OAuth2(grant) => {
+                    let optional = |name: &str, value: &Option<String>| {
+                        value.as_ref().map(|value| format!("{name} = {}", quoted(value)))
+                    };
+                    let keys = [
+                        Some(format!("token_url = {}", quoted(&grant.token_url.to_string()))),
+                        Some(format!("client_id = {}", quoted(&grant.client_id))),
+                        Some(format!("client_secret = {}", quoted(REDACTED))),
+                        optional("scope", &grant.scope),
+                        optional("audience", &grant.audience),
+                    ];
+                    format!("{{ oauth2 = {} }}", table(keys.into_iter().flatten()))
+                }
             })
         },
     ),
@@ -906,6 +919,24 @@ pub(super) static RATE: &[Key] =
 pub(super) static AUTH: &[Key] = &[
     read("auth.basic", "HTTP basic authentication (RFC 7617).", Shape::Table(BASIC)),
     read("auth.bearer", "A bearer token (RFC 6750); \"file:PATH\" reads a file.", Shape::Text),
+    read(
+        "auth.oauth2",
+        "Bearer tokens by the client credentials grant (RFC 6749, section 4.4).",
+        Shape::Table(OAUTH2),
+    ),
+];
+
+pub(super) static OAUTH2: &[Key] = &[
+    read("auth.oauth2.token_url", "Where tokens are fetched.", Shape::Text).required(),
+    read("auth.oauth2.client_id", "The name of the client there.", Shape::Text).required(),
+    read(
+        "auth.oauth2.client_secret",
+        "Its secret there; \"file:PATH\" reads a file.",
+        Shape::Text,
+    )
+    .required(),
+    read("auth.oauth2.scope", "What the tokens are to be good for, as the server says.", Shape::Text),
+    read("auth.oauth2.audience", "Whom they are for, where the server wants that.", Shape::Text),
 ];
 
 pub(super) static BASIC: &[Key] = &[

@@ -258,7 +258,9 @@ pub(super) fn of_section<'d>(
     });
     let headers =
         section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
-    let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));
+    let auth = section
+        .get("auth")
+        .map_or(Some(None), |v| endpoint::auth(reader, &v, &http_group).map(Some));
     let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
     let conditions = values::conditions(reader, section);
     let redaction = values::redaction(reader, section);

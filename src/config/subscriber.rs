@@ -95,7 +95,12 @@ impl Subscriber {
         let wait = if over_http_1 { *connect_timeout.min(timeout) } else { *timeout };
         // A request that is refused because it is compressed is sent a second time.
         let requests = if *compression == Compression::Gzip { 2 } else { 1 };
-        (wait + *timeout + HttpPolicy::MARGIN) * requests
+        let sent = (wait + *timeout + HttpPolicy::MARGIN) * requests;
+        match self.auth {
+            // One whose token is refused is sent again with another token.
+            Some(Auth::OAuth2(_)) => (*timeout + sent) * 2,
+            _ => sent,
+        }
     }
 }
 
@@ -129,17 +134,31 @@ pub enum Auth {
     Basic { username: String, password: Secret },
     /// A bearer token, RFC 6750.
     Bearer(Secret),
+    /// A bearer token that is fetched.
+    OAuth2(ClientCredentials),
+}
+
+/// The key `auth.oauth2`: where tokens come from, and for whom (RFC 6749, section 4.4).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientCredentials {
+    pub token_url: SecretUrl,
+    pub client_id: String,
+    pub client_secret: Secret,
+    pub scope: Option<String>,
+    /// What some servers want to know besides.
+    pub audience: Option<String>,
 }
 
 impl Auth {
-    /// The value of the header `authorization`.
-    pub fn header(&self) -> Secret {
+    /// The value of the header `authorization`; `None` if it is fetched.
+    pub fn header(&self) -> Option<Secret> {
         match self {
-            Self::Basic { username, password } => Secret::new(format!(
-                "Basic {}",
-                BASE64.encode(format!("{username}:{}", password.expose()))
-            )),
-            Self::Bearer(token) => Secret::new(format!("Bearer {}", token.expose())),
+            Self::Basic { username, password } => {
+                let pair = BASE64.encode(format!("{username}:{}", password.expose()));
+                Some(Secret::new(format!("Basic {pair}")))
+            }
+            Self::Bearer(token) => Some(Secret::new(format!("Bearer {}", token.expose()))),
+            Self::OAuth2(_) => None,
         }
     }
 }

@@ -1100,6 +1100,37 @@ fn a_custom_signature_header_is_checked() {
 }
 
 #[test]
+fn where_tokens_come_from_is_checked_as_where_requests_go() {
+    let with = |oauth2: &str, http: &str| {
+        let text = format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n{http}\nauth = {{ oauth2 = {{ {oauth2} }} }}\n"
+        );
+        load_text(&text).map(|config| config.subscribers[0].longest_attempt().as_secs())
+    };
+    let rest = "client_id = \"c\", client_secret = \"s\"";
+    let good = format!("token_url = \"https://login.example/token\", {rest}");
+    let times = "http = { timeout = \"20s\" }";
+    assert_eq!(with(&good, times).expect("valid"), 2 * (20 + 20 + 20 + 2), "twice with a token");
+    for (oauth2, part) in [
+        (format!("token_url = \"http://login.example/\", {rest}"), "plain http"),
+        (format!("token_url = \"https://10.0.0.1/\", {rest}"), "not a public one"),
+        (format!("token_url = \"https://u:hunter2@login.example/\", {rest}"), "no user and no password"),
+        (format!("token_url = \"login.example\", {rest}"), "has no scheme"),
+        (rest.to_owned(), "where tokens are fetched"),
+        ("token_url = \"https://a.example/\", client_id = \"c\"".to_owned(), "its secret there"),
+        (format!("{good}, scope = \"a\\nb\""), "visible ASCII"),
+        (good.replace("\"c\"", "\"\""), "visible ASCII"),
+        (format!("{good}, realm = \"x\""), "realm"),
+    ] {
+        let found = with(&oauth2, "").expect_err("refused");
+        assert!(found.len() == 1 && found[0].contains(part), "{oauth2}: {found:?}");
+        assert!(found[0].contains("oauth2") && !found[0].contains("hunter2"), "{found:?}");
+    }
+    let both = format!("{good} }}, bearer = \"t\", basic = {{ username = \"u\", password = \"p\"");
+    assert!(with(&both, "").expect_err("refused")[0].contains("must be one of"));
+}
+
+#[test]
 fn a_preset_brings_every_key_that_its_own_values_need() {
     let text = format!(
         "{QUEUE}[retry]\ninitial_interval = \"1s\"\nmax_interval = \"1m\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\n\

@@ -65,6 +65,8 @@ pub enum Failure {
     },
     /// The answer is not HTTP.
     BadAnswer(String),
+    /// There is no token for the request, so it was not sent.
+    Auth(String),
     /// The attempt could not be made at all.
     Internal(String),
 }
@@ -80,6 +82,7 @@ impl Failure {
             Self::Timeout => FailureKind::Timeout,
             Self::Reset { .. } => FailureKind::Reset,
             Self::BadAnswer(_) => FailureKind::BadAnswer,
+            Self::Auth(_) => FailureKind::Auth,
             Self::Internal(_) => FailureKind::Internal,
         }
     }
@@ -106,6 +109,7 @@ impl Failure {
             | Self::Tls(why)
             | Self::Reset { why, .. }
             | Self::BadAnswer(why)
+            | Self::Auth(why)
             | Self::Internal(why) => Some(why),
         }
     }
@@ -134,11 +138,12 @@ pub enum FailureKind {
     Timeout,
     Reset,
     BadAnswer,
+    Auth,
     Internal,
 }
 
 impl FailureKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Status,
         Self::Dns,
         Self::AddressBlocked,
@@ -147,6 +152,7 @@ impl FailureKind {
         Self::Timeout,
         Self::Reset,
         Self::BadAnswer,
+        Self::Auth,
         Self::Internal,
     ];
 
@@ -160,6 +166,7 @@ impl FailureKind {
             Self::Timeout => "timeout",
             Self::Reset => "reset",
             Self::BadAnswer => "bad_answer",
+            Self::Auth => "auth",
             Self::Internal => "internal",
         }
     }

@@ -1,5 +1,5 @@
-//! An inspection of a subscriber's endpoint without a request: name, addresses, connection,
-//! certificate.
+//! An inspection of a subscriber's endpoint without a request to it: name, addresses, connection,
+//! certificate; and a token, where requests need one.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -17,7 +17,14 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use url::{Host, Url};
 
-use crate::{clock, config::Subscriber, crypto::tls::SystemRoots, telemetry::finding::Finding};
+use super::webhook::{TokenError, Webhook};
+use crate::{
+    clock,
+    config::{Auth, Subscriber},
+    crypto::tls::SystemRoots,
+    telemetry::finding::Finding,
+    wording::span,
+};
 
 /// Endpoints inspected at the same time.
 const MAX_CONCURRENT: usize = 16;
@@ -32,8 +39,8 @@ const EXCEPTIONS: &str =
     "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
 const FATE: &str = "each attempt fails, and its events become dead letters when [retry] ends";
 
-/// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`; of those that
-/// have not ended `within` a time the finding says so.
+/// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`, and
+/// `http.timeout` for a token; of those that have not ended `within` a time the finding says so.
 pub async fn inspect(subscribers: &[Arc<Subscriber>], within: Duration) -> Vec<Finding> {
     let roots = SystemRoots::load();
     let roots = roots.as_ref().map_err(String::as_str);
@@ -75,6 +82,36 @@ impl<'s> Endpoint<'s> {
     }
 
     async fn inspect(&self, roots: Result<&SystemRoots, &str>) -> Vec<Finding> {
+        let mut findings = self.way(roots).await;
+        findings.extend(self.token(roots).await);
+        findings
+    }
+
+    /// Fetches a token, where requests need one.
+    async fn token(&self, roots: Result<&SystemRoots, &str>) -> Option<Finding> {
+        let Some(Auth::OAuth2(grant)) = &self.subscriber.auth else { return None };
+        // Without roots it is a finding of the endpoint.
+        let webhook = Webhook::try_new(self.subscriber, roots.ok()?);
+        let token = match webhook {
+            Ok(webhook) => webhook.token().await?,
+            Err(why) => Err(TokenError { why, is_final: true }),
+        };
+        Some(match token {
+            Ok(lifetime) => {
+                let found = format!("{} gives a token for {}", grant.token_url, span(lifetime));
+                Finding::ok(&self.about, found)
+            }
+            Err(TokenError { why, is_final: true }) => Finding::harmful(&self.about, why)
+                .risking(FATE)
+                .with_remedy("compare auth.oauth2 of this subscriber with what its owner gave"),
+            Err(TokenError { why, is_final: false }) => Finding::warning(&self.about, why)
+                .risking("attempts fail and are made again as [retry] says, until that ends")
+                .with_remedy("check auth.oauth2.token_url of this subscriber, and that its server is up"),
+        })
+    }
+
+    /// The way to the receiver.
+    async fn way(&self, roots: Result<&SystemRoots, &str>) -> Vec<Finding> {
         if let Some(proxy) = &self.subscriber.http.proxy {
             return self.through(proxy.expose(), &proxy.to_string()).await;
         }

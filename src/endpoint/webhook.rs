@@ -6,6 +6,7 @@ mod compression;
 mod connections;
 mod errors;
 mod resolver;
+mod tokens;
 
 use std::{
     sync::Arc,
@@ -16,7 +17,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use percent_encoding::percent_decode_str;
 use reqwest::{
-    Body, Url,
+    Body, StatusCode, Url,
     header::{
         AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
         RETRY_AFTER, USER_AGENT,
@@ -29,6 +30,7 @@ use self::{
     connections::Connections,
     errors::NotAnswered,
     resolver::Lookup,
+    tokens::{NoToken, Tokens},
 };
 use crate::{
     clock,
@@ -56,6 +58,9 @@ const _: () = assert!(
 
 /// Bytes of an answer's text that are kept for a dead letter.
 const MAX_EXCERPT: usize = 1024;
+
+/// The answer to a token that is not, or no longer, taken.
+const UNAUTHORIZED: u16 = StatusCode::UNAUTHORIZED.as_u16();
 
 const NO_STREAM: &str = "over HTTP/2 the receiver allows fewer requests at once, and none of them ended within http.timeout: \
                          set http.concurrency to what it allows";
@@ -95,6 +100,14 @@ pub struct TestAttempt {
     pub outcome: Outcome,
 }
 
+/// Why there is no token.
+#[derive(Debug)]
+pub struct TokenError {
+    pub why: String,
+    /// There will be none as long as the configuration is as it is.
+    pub is_final: bool,
+}
+
 /// A subscriber's endpoint. It has its own connections, so that no other subscriber's requests wait
 /// for them.
 #[derive(Debug, Clone)]
@@ -109,6 +122,7 @@ pub struct Webhook {
     success: Success,
     timeout: Duration,
     compressing: Option<Arc<Compressing>>,
+    tokens: Option<Arc<Tokens>>,
     /// A literal address is not resolved, so the resolver cannot refuse it. The configuration refuses
     /// one that is not allowed; this is for subscribers from anywhere else.
     literal_blocked: Option<&'static str>,
@@ -136,7 +150,11 @@ impl Webhook {
         if Differences::between(old, new).affect(Affects::Connections) {
             return Self::try_new(new, system);
         }
-        Self::with_connections(self.connections.clone(), new)
+        let renewed = Self::with_connections(self.connections.clone(), new)?;
+        if old.auth == new.auth && old.http == new.http {
+            return Ok(Self { tokens: self.tokens.clone(), ..renewed });
+        }
+        Ok(renewed)
     }
 
     fn with_lookup(
@@ -172,6 +190,7 @@ impl Webhook {
             success,
             timeout,
             compressing,
+            tokens: Tokens::of(subscriber).map(Arc::new),
             literal_blocked,
         })
     }
@@ -184,7 +203,7 @@ impl Webhook {
 
     async fn send_at(&self, request: Request, now: Instant) -> Outcome {
         match self.request(&request) {
-            Ok(headers) => self.judge(self.attempt(headers, request.body, now).await.0),
+            Ok(headers) => self.judge(self.authorized(headers, request.body, now).await.0),
             Err(failure) => retry(failure),
         }
     }
@@ -215,7 +234,10 @@ impl Webhook {
             }
         };
         let mut sent = shown(&headers);
-        let (result, coding) = self.attempt(headers, request.body, clock::instant()).await;
+        if self.tokens.is_some() {
+            sent.push((AUTHORIZATION.to_string(), None));
+        }
+        let (result, coding) = self.authorized(headers, request.body, clock::instant()).await;
         if coding == Coding::Gzip {
             sent.push((CONTENT_ENCODING.to_string(), Some(GZIP.to_owned())));
         }
@@ -239,6 +261,39 @@ impl Webhook {
             )));
         }
         self.headers(request, clock::now()).map_err(Failure::Internal)
+    }
+
+    /// Fetches a token, where requests need one; returns how long it is valid.
+    pub async fn token(&self) -> Option<Result<Duration, TokenError>> {
+        let token = self.tokens.as_ref()?.current(&self.connections).await;
+        Some(token.map(|token| token.lifetime()).map_err(|why| match why {
+            NoToken::Lacking(why) | NoToken::Away(why) => TokenError { why, is_final: false },
+            NoToken::Refused(why) => TokenError { why, is_final: true },
+        }))
+    }
+
+    /// Sends the request with a token, where requests need one. One whose token is refused is sent
+    /// again with another.
+    async fn authorized(
+        &self,
+        headers: HeaderMap,
+        body: Bytes,
+        now: Instant,
+    ) -> (Result<Response, NotAnswered>, Coding) {
+        let Some(tokens) = &self.tokens else { return self.attempt(headers, body, now).await };
+        let token = match tokens.current(&self.connections).await {
+            Ok(token) => token,
+            Err(why) => return (Err(why.into()), Coding::Plain),
+        };
+        let sent = self.attempt(token.on(headers.clone()), body.clone(), now).await;
+        if !sent.0.as_ref().is_ok_and(|answer| answer.status == UNAUTHORIZED) {
+            return sent;
+        }
+        match tokens.instead_of(&token, &self.connections).await {
+            None => sent,
+            Some(Ok(token)) => self.attempt(token.on(headers), body, clock::instant()).await,
+            Some(Err(why)) => (Err(why.into()), sent.1),
+        }
     }
 
     /// Sends the request compressed, where that is configured and was not refused. One that is
@@ -366,7 +421,9 @@ pub fn example_headers(
     let own = own_headers(subscriber)?;
     let content_type = (subscriber.format, subscriber.content_type.clone());
     let headers = headers(own, &content_type, &subscriber.signer, request, clock::now());
-    headers.map(|headers| shown(&headers))
+    let token = matches!(subscriber.auth, Some(Auth::OAuth2(_)));
+    let token = token.then(|| (AUTHORIZATION.to_string(), None));
+    headers.map(|headers| shown(&headers).into_iter().chain(token).collect())
 }
 
 fn headers(
@@ -418,7 +475,7 @@ fn shown(headers: &HeaderMap) -> Vec<(String, Option<String>)> {
 /// The headers of every request of a subscriber. They are marked as sensitive, so that they are not
 /// printed, and HTTP/2 does not put them into its table.
 fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
-    let authorization = subscriber.auth.as_ref().map(Auth::header);
+    let authorization = subscriber.auth.as_ref().and_then(Auth::header);
     let authorization = authorization.or_else(|| of_userinfo(subscriber.url.expose()));
     let authorization = authorization.map(|value| (AUTHORIZATION, value));
     let mut headers = HeaderMap::new();
@@ -656,6 +713,38 @@ mod tests {
             "a name with several addresses: {outcomes:?}"
         );
         assert_eq!((to_allowed.load(Ordering::SeqCst), to_blocked.load(Ordering::SeqCst)), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn a_token_is_fetched_from_no_address_that_is_not_allowed() {
+        let (allowed, _) = counting("127.0.0.1:0").await;
+        let (inner, to_inner) = counting("127.0.0.2:0").await;
+        let fetching = |token_url: &str| {
+            let mut subscriber = subscriber(
+                &format!("http://{allowed}/"),
+                "allow_addresses = [\"127.0.0.1\"]",
+            );
+            subscriber.auth = Some(Auth::OAuth2(crate::config::ClientCredentials {
+                token_url: crate::crypto::secret::SecretUrl::new(token_url.parse().expect("a URL")),
+                client_id: "c".to_owned(),
+                client_secret: Secret::new("hunter2"),
+                scope: None,
+                audience: None,
+            }));
+            let lookup = Lookup(Arc::new(move |_| Box::pin(async move { Ok(vec![inner]) })));
+            Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup)
+                .expect("builds")
+        };
+        for token_url in [format!("http://inner.example:{}/", inner.port()), format!("http://{inner}/")] {
+            let outcome = fetching(&token_url).send(request()).await;
+            let Outcome::Retry { failure: Failure::Auth(why), .. } = &outcome else {
+                panic!("{outcome:?}")
+            };
+            assert!(why.contains("loopback") && !why.contains("hunter2"), "{why}");
+            let token = fetching(&token_url).token().await.expect("needs one");
+            assert!(token.expect_err("none").is_final);
+        }
+        assert_eq!(to_inner.load(Ordering::SeqCst), 0);
     }
 
     /// Answers each request of each connection, and counts the connections.

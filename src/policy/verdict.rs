@@ -109,11 +109,17 @@ pub fn decide(
 pub fn learn(health: &mut Health, attempt: &Attempt, outcome: &Outcome, now: SystemTime) {
     match outcome {
         Outcome::Delivered { .. } => health.on_accepted(now),
+        Outcome::Retry { failure, .. } if !is_of_endpoint(failure) => {}
         Outcome::Retry { .. } => health.on_failed(),
         Outcome::Refused { .. } => health.on_refused(),
         Outcome::TooLarge { .. } if attempt.events == 1 => health.on_too_large(),
         Outcome::TooLarge { .. } | Outcome::Gone { .. } | Outcome::Unsent { .. } => {}
     }
+}
+
+/// Whether a failure says anything of the endpoint: without a token it was not asked.
+const fn is_of_endpoint(failure: &Failure) -> bool {
+    !matches!(failure, Failure::Auth(_))
 }
 
 fn plain(disposition: Disposition, evidence: Evidence) -> Verdict {
@@ -171,7 +177,7 @@ impl Case<'_> {
             retry_after.filter(|wish| *wish > disposition.delay().unwrap_or(granted));
         Verdict {
             disposition,
-            evidence: Evidence::Failed { counts: self.counts() },
+            evidence: Evidence::Failed { counts: self.counts() && is_of_endpoint(failure) },
             hold: retry_after,
             shortened_from,
         }
@@ -322,6 +328,20 @@ mod tests {
                 "a first attempt always does"
             );
         }
+    }
+
+    #[test]
+    fn an_attempt_without_a_token_is_retried_and_says_nothing_of_the_endpoint() {
+        let outcome =
+            Outcome::Retry { failure: Failure::Auth("it answered 503".to_owned()), retry_after: None };
+        let mut health = healthy_since(T0);
+        let verdict = decided(&first(9), &outcome, &health);
+        assert_eq!(
+            (verdict.disposition, verdict.evidence),
+            (Disposition::Retry { delay: secs(15) }, DOES_NOT_COUNT)
+        );
+        learn(&mut health, &first(9), &outcome, T0);
+        assert!(health.believes_refusal());
     }
 
     #[test]

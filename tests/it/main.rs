@@ -86,6 +86,7 @@ mod receivers {
     mod endpoints;
     mod examples;
     mod presets;
+    mod tokens;
     mod trying;
     pub(crate) mod verifiers;
 }

@@ -744,18 +744,15 @@ fn takes_nothing_along(
     before: &Entry,
 ) -> Result<(), Refusal> {
     let Some(before) = &before.document else { return Ok(()) };
-    let carried = document.carried_elsewhere(given, before);
-    if carried.is_empty() {
-        return Ok(());
-    }
-    let what: Vec<String> = carried.iter().map(|key| format!("`{key}`")).collect();
+    let Some(carried) = document.carried_elsewhere(given, before) else { return Ok(()) };
+    let what: Vec<String> = carried.keys.iter().map(|key| format!("`{key}`")).collect();
     let why = format!(
         "has another scheme, host or port than before, which would get what is stored for that one: {}; give {} again in the same change, or take {} out, over the API or with `hooktrail subscribers set --from`",
         what.join(", "),
-        agreed(&carried.len(), "(it|them)"),
-        agreed(&carried.len(), "(it|them)"),
+        agreed(&what.len(), "(it|them)"),
+        agreed(&what.len(), "(it|them)"),
     );
-    Err(Refusal::field("url", why))
+    Err(Refusal::field(carried.by, why))
 }
 
 fn patched(patch: &Document, entry: &Entry) -> Result<Document, Refusal> {

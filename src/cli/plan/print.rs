@@ -9,7 +9,7 @@ use crate::{
         terminal::wrapped,
         text::{grouped, rounded, rounded_size, visible},
     },
-    config::Config,
+    config::{Auth, Config},
     policy::{circuit_breaker::BreakerPolicy, rate::RateOf, retry::Exhausted},
     queue::amqp::{CONSUMER_TIMEOUT, Footprint},
     wording::{agreed, counted},
@@ -105,8 +105,9 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     if let Some(end) = middle.end().filter(|end| end.number > 1) {
         let longest = s.longest_attempt();
         line(format!(
-            "  each attempt itself can take up to {} more (http.timeout, after a wait for a place on a connection), all of them together {}",
+            "  each attempt itself can take up to {} more (http.timeout, after a wait for a place on a connection{}), all of them together {}",
             rounded(longest),
+            if matches!(s.auth, Some(Auth::OAuth2(_))) { ", twice with a token of auth.oauth2" } else { "" },
             rounded(longest.saturating_mul(end.number))
         ));
     }

@@ -155,7 +155,7 @@ const OWNERS_LOG: &str = "its owner's log says more";
 /// The remedy for a failure.
 fn remedy(e: &LastError) -> &'static str {
     use FailureKind::{
-        AddressBlocked, BadAnswer, Connect, Dns, Internal, Reset, Status, Timeout, Tls,
+        AddressBlocked, Auth, BadAnswer, Connect, Dns, Internal, Reset, Status, Timeout, Tls,
     };
     match (e.failure(), e.status) {
         (Some(Dns), _) => "the host of its url is not known: correct the url, or the name server",
@@ -165,6 +165,9 @@ fn remedy(e: &LastError) -> &'static str {
         (Some(Connect), _) => "nothing listens there, or a firewall is in the way",
         (Some(Tls), _) => {
             "its certificate is not trusted, has expired or is another name's: hooktrail check --connect says more"
+        }
+        (Some(Auth), _) => {
+            "there is no token for its requests: compare auth.oauth2 with what its owner gave, and see that the token's server is up; hooktrail check --connect fetches one"
         }
         (Some(Timeout), _) => {
             "it takes longer than http.timeout: make that longer, or batches smaller"

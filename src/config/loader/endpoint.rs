@@ -14,7 +14,7 @@ use crate::{
         document::{Layers, Section, Value},
         keys::{self, Key},
         reader::Reader,
-        subscriber::Auth,
+        subscriber::{Auth, ClientCredentials},
     },
     crypto::{
         secret::{Secret, SecretUrl},
@@ -63,15 +63,20 @@ pub(super) fn url(
         );
         return None;
     };
+    target(reader, &value, http)
+}
+
+/// A URL that requests go to.
+fn target(reader: &Reader<'_>, value: &Value<'_>, http: &Layers<'_>) -> Option<SecretUrl> {
     // No message quotes the URL: userinfo, path and query may be secrets.
-    let url = match reader.string(&value)?.parse::<Url>() {
+    let url = match reader.string(value)?.parse::<Url>() {
         Ok(url) => url,
         Err(url::ParseError::RelativeUrlWithoutBase) => {
-            reader.report(&value, "is not a URL: it has no scheme; write https:// before the host");
+            reader.report(value, "is not a URL: it has no scheme; write https:// before the host");
             return None;
         }
         Err(e) => {
-            reader.report(&value, format!("is not a URL: {e}"));
+            reader.report(value, format!("is not a URL: {e}"));
             return None;
         }
     };
@@ -85,12 +90,12 @@ pub(super) fn url(
                 } else {
                     "or set `http.allow_http = true` for this subscriber"
                 };
-                reader.report(&value, format!("plain http sends events unencrypted; use https, {remedy}"));
+                reader.report(value, format!("plain http sends events unencrypted; use https, {remedy}"));
             }
             allowed
         }),
         other => {
-            reader.report(&value, format!("scheme `{other}` is not supported; use https"));
+            reader.report(value, format!("scheme `{other}` is not supported; use https"));
             false
         }
     };
@@ -101,7 +106,7 @@ pub(super) fn url(
         } else {
             "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`"
         };
-        reader.report(&value, format!("its address is not a public one ({what}); {remedy}"));
+        reader.report(value, format!("its address is not a public one ({what}); {remedy}"));
     }
     (scheme_ok && blocked.is_none()).then(|| SecretUrl::new(url))
 }
@@ -132,10 +137,14 @@ pub(super) fn headers(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<(Hea
     (headers.len() == entries.len()).then_some(headers)
 }
 
-pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>) -> Option<Auth> {
+pub(super) fn auth(
+    reader: &Reader<'_>,
+    value: &Value<'_>,
+    http: &Layers<'_>,
+) -> Option<Auth> {
     let section = reader.section(value, keys::AUTH)?;
-    match (section.get("basic"), section.get("bearer")) {
-        (Some(basic), None) => {
+    match (section.get("basic"), section.get("bearer"), section.get("oauth2")) {
+        (Some(basic), None, None) => {
             let basic = reader.section(&basic, keys::BASIC)?;
             let required = |key| {
                 let found = basic.get(key);
@@ -160,7 +169,7 @@ pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>) -> Option<Auth> {
             let password = password.and_then(|v| signing::secret(reader, &v));
             Some(Auth::Basic { username: username?, password: password? })
         }
-        (None, Some(bearer)) => {
+        (None, Some(bearer), None) => {
             let token = signing::secret(reader, &bearer)?;
             let ok = token.expose().bytes().all(|b| b.is_ascii_graphic());
             if !ok {
@@ -168,11 +177,57 @@ pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>) -> Option<Auth> {
             }
             ok.then_some(Auth::Bearer(token))
         }
-        (Some(_), Some(_)) | (None, None) => {
-            reader.report(value, "must be either { basic = { username = \"…\", password = \"…\" } } or { bearer = \"…\" }");
+        (None, None, Some(oauth2)) => client_credentials(reader, &oauth2, http).map(Auth::OAuth2),
+        _ => {
+            reader.report(value, "must be one of { basic = { username = \"…\", password = \"…\" } }, { bearer = \"…\" } and { oauth2 = { token_url = \"…\", client_id = \"…\", client_secret = \"…\" } }");
             None
         }
     }
+}
+
+fn client_credentials(
+    reader: &Reader<'_>,
+    value: &Value<'_>,
+    http: &Layers<'_>,
+) -> Option<ClientCredentials> {
+    let section = reader.section(value, keys::OAUTH2)?;
+    let required = |key, what| {
+        let found = section.get(key);
+        if found.is_none() {
+            reader.report_missing(&section, key, &format!("is required: {what}"));
+        }
+        found
+    };
+    let token_url = required("token_url", "where tokens are fetched").and_then(|v| {
+        let url = target(reader, &v, http)?;
+        let has_user = !url.expose().username().is_empty() || url.expose().password().is_some();
+        if has_user {
+            reader.report(&v, "must have no user and no password; they are `client_id` and `client_secret`");
+        }
+        (!has_user).then_some(url)
+    });
+    // RFC 6749, appendices A.1, A.2 and A.4.
+    let text = |v: Value<'_>| {
+        let text = reader.string(&v)?;
+        let ok = !text.trim().is_empty() && text.bytes().all(|b| matches!(b, b' '..=b'~'));
+        if !ok {
+            reader.report(&v, "must be visible ASCII characters and spaces");
+        }
+        ok.then_some(text)
+    };
+    let client_id =
+        required("client_id", "the name of hooktrail at the token's server").and_then(text);
+    let client_secret =
+        required("client_secret", "its secret there").and_then(|v| signing::secret(reader, &v));
+    let optional = |key| section.get(key).map_or(Some(None), |v| text(v).map(Some));
+    let (scope, audience) = (optional("scope"), optional("audience"));
+    Some(ClientCredentials {
+        token_url: token_url?,
+        client_id: client_id?,
+        client_secret: client_secret?,
+        scope: scope?,
+        audience: audience?,
+    })
 }
 
 pub(super) fn tls(reader: &Reader<'_>, value: &Value<'_>) -> Option<TlsPolicy> {

@@ -150,10 +150,9 @@ impl Document {
 
     /// The stored values that requests would carry to another origin than the one they were given for:
     /// headers and authentication of `before` that `given`, the client's words, does not give itself.
-    pub fn carried_elsewhere(&self, given: &Self, before: &Self) -> Vec<String> {
-        if self.origin() == before.origin() {
-            return Vec::new();
-        }
+    pub fn carried_elsewhere(&self, given: &Self, before: &Self) -> Option<Carried> {
+        let is_elsewhere = |place: &Place| self.origin(place) != before.origin(place);
+        let by = [URL, TOKEN_URL].into_iter().find(is_elsewhere)?;
         let is_kept = |key: &str, path: &[&str]| {
             let own = self.at(key, path);
             own.is_some() && own == before.at(key, path) && own != given.at(key, path)
@@ -161,19 +160,25 @@ impl Document {
         let headers = self.get("headers").and_then(Value::as_object);
         let headers = headers.into_iter().flat_map(Map::keys);
         let headers = headers.filter(|name| is_kept("headers", &[name.as_str()]));
-        let auth: [&[&str]; 2] = [&["bearer"], &["basic", "password"]];
-        let auth = auth.into_iter().filter(|path| is_kept("auth", path));
+        let headers = headers.map(|name| format!("headers.{name}"));
+        // Of a token's endpoint nothing but the client's secret is known there.
+        let to_receiver = by.key == URL.key;
+        let auth = CREDENTIALS.iter().filter(|path| is_kept("auth", path));
         let auth = auth.map(|path| format!("auth.{}", path.join(".")));
-        headers.map(|name| format!("headers.{name}")).chain(auth).collect()
+        let all: Vec<String> = match to_receiver {
+            true => headers.chain(auth).collect(),
+            false => auth.filter(|key| key == CLIENT_SECRET).collect(),
+        };
+        (!all.is_empty()).then_some(Carried { by: by.key, keys: all })
     }
 
     fn at(&self, key: &str, path: &[&str]) -> Option<&Value> {
         path.iter().try_fold(self.get(key)?, |value, part| value.get(part))
     }
 
-    /// Scheme, host and port of its URL, if it has one.
-    fn origin(&self) -> Option<Origin> {
-        let url: Url = self.get("url")?.as_str()?.trim().parse().ok()?;
+    /// Scheme, host and port of a URL, if it has one there.
+    fn origin(&self, place: &Place) -> Option<Origin> {
+        let url: Url = self.at(place.first, place.rest)?.as_str()?.trim().parse().ok()?;
         Some(url.origin())
     }
 }
@@ -212,6 +217,30 @@ fn redact_url(value: &mut Value) {
     }
 }
 
+/// The places of secrets below `auth`.
+const CREDENTIALS: [&[&str]; 3] = [&["bearer"], &["basic", "password"], &["oauth2", "client_secret"]];
+const CLIENT_SECRET: &str = "auth.oauth2.client_secret";
+
+/// The place of a URL in a document.
+struct Place {
+    key: &'static str,
+    first: &'static str,
+    rest: &'static [&'static str],
+}
+
+const URL: Place = Place { key: "url", first: "url", rest: &[] };
+const TOKEN_URL: Place =
+    Place { key: "auth.oauth2.token_url", first: "auth", rest: &["oauth2", "token_url"] };
+
+/// Stored values that a changed URL would take to another origin.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// The key of that URL.
+    pub by: &'static str,
+    /// The keys of the values.
+    pub keys: Vec<String>,
+}
+
 fn redact_leaves(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(redact_leaves),
@@ -220,12 +249,24 @@ fn redact_leaves(value: &mut Value) {
     }
 }
 
-/// Hides everything but the user.
+/// Hides everything but who it is for, and where tokens come from.
 fn redact_auth(value: &mut Value) {
-    let user = value.pointer("/basic/username").cloned();
+    const SHOWN: [&str; 5] = [
+        "/basic/username",
+        "/oauth2/token_url",
+        "/oauth2/client_id",
+        "/oauth2/scope",
+        "/oauth2/audience",
+    ];
+    let shown = SHOWN.map(|path| value.pointer(path).filter(|text| text.is_string()).cloned());
     redact_leaves(value);
-    if let (Some(at), Some(user)) = (value.pointer_mut("/basic/username"), user) {
-        *at = user;
+    for (path, shown) in SHOWN.into_iter().zip(shown) {
+        if let (Some(at), Some(shown)) = (value.pointer_mut(path), shown) {
+            *at = shown;
+        }
+    }
+    if let Some(url) = value.pointer_mut("/oauth2/token_url") {
+        redact_url(url);
     }
 }
 
@@ -261,9 +302,9 @@ pub(super) fn unsound(keys: &Map<String, Value>) -> Vec<Wrong> {
     let secrets = keys.get("secrets").and_then(Value::as_array).into_iter().flatten();
     let secrets = secrets.enumerate().map(|(n, value)| (format!("secrets[{n}]"), value));
     let auth = keys.get("auth");
-    let auth = ["bearer", "basic.password"].into_iter().filter_map(|path| {
-        let value = auth?.pointer(&format!("/{}", path.replace('.', "/")))?;
-        Some((format!("auth.{path}"), value))
+    let auth = CREDENTIALS.iter().filter_map(|path| {
+        let value = path.iter().try_fold(auth?, |value, part| value.get(part))?;
+        Some((format!("auth.{}", path.join(".")), value))
     });
     let key = keys.get("signing_key").map(|value| ("signing_key".to_owned(), value));
     if keys.get("redact_with").is_some_and(|value| !value.is_string()) {
@@ -383,11 +424,16 @@ pub(super) fn as_file(name: &str, document: &Document) -> String {
             *value = variable(&format!("HEADER_{header}")).into();
         }
     }
-    for (path, what) in [("/auth/bearer", "TOKEN"), ("/auth/basic/password", "PASSWORD")] {
-        let (first, rest) = path[1..].split_once('/').unwrap_or((path, ""));
-        let at = keys.get_mut(first).and_then(|value| value.pointer_mut(&format!("/{rest}")));
-        if let Some(value) = at {
-            *value = variable(what).into();
+    if let Some(auth) = keys.get_mut("auth") {
+        for (path, what) in CREDENTIALS.iter().zip(["TOKEN", "PASSWORD", "CLIENT_SECRET"]) {
+            if let Some(value) = auth.pointer_mut(&format!("/{}", path.join("/"))) {
+                *value = variable(what).into();
+            }
+        }
+        let shown = document.redacted();
+        let hidden = |at: &Value| shown.pointer("/auth/oauth2/token_url") != Some(at);
+        if let Some(url) = auth.pointer_mut("/oauth2/token_url").filter(|url| hidden(url)) {
+            *url = variable("TOKEN_URL").into();
         }
     }
     let mut out = String::new();

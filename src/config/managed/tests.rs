@@ -285,6 +285,45 @@ fn headers_and_authentication_go_to_no_other_origin_than_the_one_that_they_were_
     ] {
         let given = document(patch.clone());
         let after = before.merged(&given).restored(&before);
-        assert_eq!(after.carried_elsewhere(&given, &before), expected, "{patch}");
+        let carried = after.carried_elsewhere(&given, &before);
+        assert_eq!(carried.map_or(Vec::new(), |carried| carried.keys), expected, "{patch}");
+    }
+}
+
+#[test]
+fn the_secret_of_a_token_endpoint_goes_to_no_other_one_and_no_token_to_another_receiver() {
+    let before = document(json!({
+        "url": "https://a.example/hook",
+        "headers": { "x-team": "7" },
+        "auth": { "oauth2": { "token_url": "https://login.example/TOKENTOKENTOKEN99/token?a=b", "client_id": "c",
+            "client_secret": "hunter2", "scope": "s" } },
+    }));
+    let shown = before.redacted();
+    assert!(!shown.to_string().contains("hunter2"), "{shown}");
+    assert_eq!(
+        shown["auth"]["oauth2"],
+        json!({ "token_url": "https://login.example/[redacted]/token", "client_id": "c",
+            "client_secret": "[redacted]", "scope": "s" })
+    );
+    let oauth2 = |patch: Value| json!({ "auth": { "oauth2": patch } });
+    let secret = "auth.oauth2.client_secret";
+    for (patch, by, keys) in [
+        (oauth2(json!({ "token_url": "https://login.example/other" })), "", &[][..]),
+        (oauth2(json!({ "scope": "other" })), "", &[]),
+        (oauth2(json!({ "token_url": "https://evil.example/" })), "auth.oauth2.token_url", &[secret]),
+        (
+            oauth2(json!({ "token_url": "https://evil.example/", "client_secret": shown["auth"]["oauth2"]["client_secret"] })),
+            "auth.oauth2.token_url",
+            &[secret],
+        ),
+        (oauth2(json!({ "token_url": "https://evil.example/", "client_secret": "new" })), "", &[]),
+        (json!({ "url": "https://b.example/" }), "url", &["headers.x-team", secret]),
+        (json!({ "url": "https://b.example/", "headers": null, "auth": null }), "", &[]),
+    ] {
+        let given = document(patch.clone());
+        let after = before.merged(&given).restored(&before);
+        let carried = after.carried_elsewhere(&given, &before);
+        let carried = carried.map_or(("", Vec::new()), |carried| (carried.by, carried.keys));
+        assert_eq!(carried, (by, keys.iter().map(ToString::to_string).collect()), "{patch}");
     }
 }

@@ -92,7 +92,7 @@ pub const ALL: &[Definition] = &[
     counter(
         "attempt_failures",
         &["subscriber", "failure"],
-        "Failed attempts by their failure: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, internal",
+        "Failed attempts by their failure: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, auth (there is no token), internal",
     ),
     counter(
         "unsent_requests",
