@@ -34,7 +34,8 @@ pub use self::{
         IntakeConfig, LogConfig, PublicUrl, QueueConfig, Reach, Role, StoreConfig, Token,
     },
     subscriber::{
-        Auth, ClientCredentials, Compression, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers, audience,
+        Auth, ClientCredentials, Compression, HttpPolicy, Origin, StartFrom, Subscriber,
+        Subscribers, audience,
     },
 };
 use self::{document::Source, reader::Reader};

@@ -130,7 +130,7 @@ impl<Q: Queue> Lane<Q> {
                 lane.queue_works();
                 Next::Ended
             }
-            End::Circuit | End::Paused | End::Configured => {
+            End::Circuit | End::Paused | End::Configured | End::Overtaking => {
                 lane.queue_works();
                 Next::Session
             }

@@ -52,7 +52,7 @@
 //!              keys/ · key · show
 //!              managed/ · body
 //!              loader/ · files · origins · queue · tokens · signing · policies · daemon
-//!              · endpoint · start_from · tenant · format · values
+//!              · endpoint · start_from · tenant · format · values · order
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · families · subscriber · registry

@@ -42,7 +42,7 @@ pub(super) struct Args {
     /// Only these subscribers, and what all of them share; by default all
     #[arg(value_name = "SUBSCRIBER", add = complete::subscribers())]
     subscribers: Vec<String>,
-    /// Also inspect the queue and each subscriber's endpoint, without sending a request: what can
+    /// Also inspect the queue and each subscriber's endpoint, without a request to it: what can
     /// go wrong, and its remedy; exit code 1 if something is harmful
     #[arg(long)]
     connect: bool,

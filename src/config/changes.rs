@@ -279,10 +279,10 @@ mod tests {
         let tried: Vec<_> = tried.into_iter().chain(of_formats.map(|(key, ..)| key)).collect();
         let untried: Vec<_> =
             crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
-        let why = "a name is another subscriber, `tls` needs files, `tenant` events that have one, and `preset` changes others";
+        let why = "a name is another subscriber, `tls` needs files, `tenant` events that have one, `order` another queue, and `preset` changes others";
         assert_eq!(
             untried,
-            ["name", "tenant", "signing_key", "tls", "redact_with", "preset"],
+            ["name", "tenant", "signing_key", "tls", "order", "redact_with", "preset"],
             "{why}"
         );
         assert!(

@@ -159,7 +159,8 @@ fn authorizes(subscriber: &Subscriber, scheme: &str) -> bool {
     };
     let url = subscriber.url.expose();
     match (scheme, &subscriber.auth) {
-        ("Bearer", Some(Auth::Bearer(_) | Auth::OAuth2(_))) | ("Basic", Some(Auth::Basic { .. })) => true,
+        ("Bearer", Some(Auth::Bearer(_) | Auth::OAuth2(_)))
+        | ("Basic", Some(Auth::Basic { .. })) => true,
         ("Basic", _) if url.password().is_some() => true,
         _ => subscriber.headers.iter().any(|(name, value)| *name == AUTHORIZATION && begins(value)),
     }

@@ -769,6 +769,14 @@ pub static SUBSCRIBER: &[Key] = &[
         },
     ),
     subscriber(
+        "order",
+        "strict: no event arrives before an older one has; with the embedded queue and with an intake. A batch that fails holds what follows it.",
+        Shape::Word(&["strict"]),
+        &[Session],
+        differs!(in_order),
+        |s| s.in_order.then(|| quoted("strict")),
+    ),
+    subscriber(
         "match",
         "Values that events must have, by JSON Pointer (RFC 6901), such as { \"/actor/type\" = [\"user\"] }: a text, a number or true and false are compared by their text; all must hold.",
         Shape::Map(&Shape::List(&Shape::Either(&[Shape::Text, Shape::Flag, Shape::Whole(i64::MIN, i64::MAX)]))),
@@ -872,6 +880,11 @@ pub(super) static MANAGED: &[Key] = &[
     read("auth", "The authentication of requests.", Shape::Table(AUTH)),
     read("preset", "The receiver, as of [[subscriber]].", Shape::Word(PRESETS)),
     read(
+        "order",
+        "strict: no event arrives before an older one has, as of [[subscriber]].",
+        Shape::Word(&["strict"]),
+    ),
+    read(
         "match",
         "Values that events must have, as of [[subscriber]].",
         Shape::Map(&Shape::List(&Shape::Either(&[Shape::Text, Shape::Flag, Shape::Whole(i64::MIN, i64::MAX)]))),
@@ -929,13 +942,13 @@ pub(super) static AUTH: &[Key] = &[
 pub(super) static OAUTH2: &[Key] = &[
     read("auth.oauth2.token_url", "Where tokens are fetched.", Shape::Text).required(),
     read("auth.oauth2.client_id", "The name of the client there.", Shape::Text).required(),
+    read("auth.oauth2.client_secret", "Its secret there; \"file:PATH\" reads a file.", Shape::Text)
+        .required(),
     read(
-        "auth.oauth2.client_secret",
-        "Its secret there; \"file:PATH\" reads a file.",
+        "auth.oauth2.scope",
+        "What the tokens are to be good for, as the server says.",
         Shape::Text,
-    )
-    .required(),
-    read("auth.oauth2.scope", "What the tokens are to be good for, as the server says.", Shape::Text),
+    ),
     read("auth.oauth2.audience", "Whom they are for, where the server wants that.", Shape::Text),
 ];
 
@@ -1073,6 +1086,7 @@ mod tests {
             "source",
             "sourcetype",
             "index",
+            "order",
             "match",
             "redact",
             "redact_with",
@@ -1129,6 +1143,7 @@ mod tests {
             event_ids: _,
             paused: _,
             start_from: _,
+            in_order: _,
         } = &crate::config::testing::subscriber("a", "");
         let RetryOptions {
             initial_interval: _,
@@ -1139,7 +1154,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 22 of its own, 3, 10, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 22 + 3 + 10 + 7 + 3);
+        // 23 of its own, 3, 10, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 23 + 3 + 10 + 7 + 3);
     }
 }

@@ -5,6 +5,7 @@ mod daemon;
 mod endpoint;
 mod files;
 mod format;
+mod order;
 mod origins;
 mod policies;
 mod queue;
@@ -20,6 +21,7 @@ use toml::{Spanned, de::DeTable};
 
 pub(super) use self::{
     daemon::{admin, log},
+    order::no_order,
     origins::origins,
     tenant::Tenants,
 };
@@ -50,6 +52,8 @@ pub(super) struct Defaults<'d> {
     pub(super) presets: Vec<(&'static Model, Section<'d>)>,
     /// Why nothing of history can be sent to new subscribers, with the remedy.
     pub(super) no_replay: Option<&'static str>,
+    /// Why no subscriber can have its events in strict order, with the remedy.
+    pub(super) no_order: Option<&'static str>,
     pub(super) tenants: Tenants,
 }
 
@@ -101,6 +105,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
             store.as_ref().map(|(url, _)| *url),
             history,
         ),
+        no_order: order::no_order(queue.as_ref()),
         tenants: Tenants::of(queue.as_ref()),
     };
     // A wrong default is reported even if no subscriber uses it.
@@ -236,7 +241,8 @@ pub(super) fn of_section<'d>(
         base: defaults.http.clone(),
     };
     let http = policies::http(reader, &http_group);
-    let retry = policies::retry(reader, &group("retry", keys::RETRY, &defaults.retry));
+    let retry_group = group("retry", keys::RETRY, &defaults.retry);
+    let retry = policies::retry(reader, &retry_group);
     let circuit_breaker = policies::breaker(
         reader,
         &group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker),
@@ -262,6 +268,15 @@ pub(super) fn of_section<'d>(
         .get("auth")
         .map_or(Some(None), |v| endpoint::auth(reader, &v, &http_group).map(Some));
     let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
+    let order = order::Order { reader, forbidden: defaults.no_order };
+    let in_order = order.read(section);
+    let (http, retry) = match in_order {
+        Some(true) => {
+            let start_from = section.get("start_from");
+            (order.http(http, &http_group, start_from.as_ref()), order.retry(retry, &retry_group))
+        }
+        _ => (http, retry),
+    };
     let conditions = values::conditions(reader, section);
     let redaction = values::redaction(reader, section);
     let event_ids = reader.flag(section.get("event_ids"));
@@ -300,6 +315,7 @@ pub(super) fn of_section<'d>(
         http: http?,
         retry: retry?,
         circuit_breaker: circuit_breaker?,
+        in_order: in_order?,
         conditions: conditions?,
         redaction: redaction?,
         event_ids: event_ids?,

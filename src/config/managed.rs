@@ -62,6 +62,7 @@ fn check_with(
         presets: loader::sections(&reader, &presets, &documents_of),
         // They have no `start_from`.
         no_replay: None,
+        no_order: loader::no_order(Some(&config.queue)),
         tenants: Tenants::of(Some(&config.queue)),
     };
     documents.iter().map(|document| one(document, &defaults, now, env)).collect()

@@ -219,6 +219,8 @@ pub struct Subscriber {
     pub http: HttpPolicy,
     pub retry: RetryPolicy,
     pub circuit_breaker: BreakerPolicy,
+    /// The key `order`: nothing overtakes a batch that failed.
+    pub in_order: bool,
     /// Which events of its patterns it gets.
     pub conditions: Conditions,
     /// What it is not to see of them.

@@ -443,10 +443,10 @@ fn endpoints_are_checked_and_show_no_secret() {
             "headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }",
             "cannot be combined with `Authorization`",
         ),
-        ("auth = {}", "must be either"),
+        ("auth = {}", "must be one of"),
         (
             "auth = { basic = { username = \"u\", password = \"p\" }, bearer = \"y\" }",
-            "must be either",
+            "must be one of",
         ),
         (
             "auth = { basic = { username = \"u\" } }",
@@ -1114,7 +1114,10 @@ fn where_tokens_come_from_is_checked_as_where_requests_go() {
     for (oauth2, part) in [
         (format!("token_url = \"http://login.example/\", {rest}"), "plain http"),
         (format!("token_url = \"https://10.0.0.1/\", {rest}"), "not a public one"),
-        (format!("token_url = \"https://u:hunter2@login.example/\", {rest}"), "no user and no password"),
+        (
+            format!("token_url = \"https://u:hunter2@login.example/\", {rest}"),
+            "no user and no password",
+        ),
         (format!("token_url = \"login.example\", {rest}"), "has no scheme"),
         (rest.to_owned(), "where tokens are fetched"),
         ("token_url = \"https://a.example/\", client_id = \"c\"".to_owned(), "its secret there"),
@@ -1128,6 +1131,33 @@ fn where_tokens_come_from_is_checked_as_where_requests_go() {
     }
     let both = format!("{good} }}, bearer = \"t\", basic = {{ username = \"u\", password = \"p\"");
     assert!(with(&both, "").expect_err("refused")[0].contains("must be one of"));
+}
+
+#[test]
+fn strict_order_sets_what_it_needs_and_contradicts_no_key_of_its_subscriber() {
+    const EMBEDDED: &str = "[queue]\nurl = \"embedded\"\n";
+    let with = |queue: &str, lines: &str| {
+        load_text(&format!(
+            "{queue}[http]\nconcurrency = 8\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\norder = \"strict\"\n{lines}\n"
+        ))
+    };
+    let config = with(EMBEDDED, "").expect("valid");
+    let subscriber = &config.subscribers[0];
+    assert!(subscriber.in_order && subscriber.http.concurrency == 1);
+    assert_eq!(subscriber.retry.on_exhausted(), Exhausted::Pause);
+    for (queue, lines, part) in [
+        (QUEUE, "", "[queue.intake]"),
+        (EMBEDDED, "http = { concurrency = 2 }", "must be 1"),
+        (EMBEDDED, "retry = { on_exhausted = \"dead_letter\" }", "must be \"pause\""),
+        (EMBEDDED, "start_from = \"-7d\"", "beside new events"),
+    ] {
+        let found = with(queue, lines).expect_err("refused");
+        assert!(found.len() == 1 && found[0].contains(part), "{found:?}");
+    }
+    let found = load_text(&format!(
+        "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\norder = \"none\"\n"
+    ));
+    assert!(found.expect_err("refused")[0].contains("must be \"strict\""));
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub enum PauseCause {
     Gone,
     /// The last attempt that `[retry]` allows failed, and `retry.on_exhausted` is `pause`.
     Exhausted,
+    /// The receiver refuses an event, and no other may overtake it.
+    Refused,
 }
 
 /// A disposition without its details: the `outcome` of log lines and metrics.

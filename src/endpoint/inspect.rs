@@ -49,8 +49,14 @@ pub async fn inspect(subscribers: &[Arc<Subscriber>], within: Duration) -> Vec<F
     let subscribers = subscribers.to_vec();
     let inspections = subscribers.into_iter().map(|s| async move {
         let endpoint = Endpoint::of(&s);
-        let inspection = timeout_at(deadline, endpoint.inspect(roots)).await;
-        inspection.unwrap_or_else(|_| vec![endpoint.late(within)])
+        // One that is late hides nothing of the other.
+        let (way, token) = tokio::join!(
+            timeout_at(deadline, endpoint.way(roots)),
+            timeout_at(deadline, endpoint.token(roots)),
+        );
+        let mut findings = way.unwrap_or_else(|_| vec![endpoint.late(within)]);
+        findings.extend(token.unwrap_or_else(|_| Some(endpoint.late(within))));
+        findings
     });
     stream::iter(inspections).buffered(MAX_CONCURRENT).flat_map(stream::iter).collect().await
 }
@@ -81,18 +87,11 @@ impl<'s> Endpoint<'s> {
         Finding::unseen(&self.about, why, remedy)
     }
 
-    async fn inspect(&self, roots: Result<&SystemRoots, &str>) -> Vec<Finding> {
-        let mut findings = self.way(roots).await;
-        findings.extend(self.token(roots).await);
-        findings
-    }
-
     /// Fetches a token, where requests need one.
     async fn token(&self, roots: Result<&SystemRoots, &str>) -> Option<Finding> {
         let Some(Auth::OAuth2(grant)) = &self.subscriber.auth else { return None };
-        // Without roots it is a finding of the endpoint.
-        let webhook = Webhook::try_new(self.subscriber, roots.ok()?);
-        let token = match webhook {
+        let webhook = roots.map_err(str::to_owned);
+        let token = match webhook.and_then(|roots| Webhook::try_new(self.subscriber, roots)) {
             Ok(webhook) => webhook.token().await?,
             Err(why) => Err(TokenError { why, is_final: true }),
         };
@@ -106,7 +105,9 @@ impl<'s> Endpoint<'s> {
                 .with_remedy("compare auth.oauth2 of this subscriber with what its owner gave"),
             Err(TokenError { why, is_final: false }) => Finding::warning(&self.about, why)
                 .risking("attempts fail and are made again as [retry] says, until that ends")
-                .with_remedy("check auth.oauth2.token_url of this subscriber, and that its server is up"),
+                .with_remedy(
+                    "check auth.oauth2.token_url of this subscriber, and that its server is up",
+                ),
         })
     }
 

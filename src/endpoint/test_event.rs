@@ -18,7 +18,7 @@ use crate::{
     },
     policy::{
         answer::Health,
-        verdict::{Attempt, Origin, decide},
+        verdict::{Attempt, Origin, decide, decide_in_order},
     },
     wording::counted,
 };
@@ -132,6 +132,7 @@ fn verdict(
     let now = clock::now();
     let attempt =
         Attempt { number: 1, first_attempt_at: now, events: 1, body_bytes, origin: Origin::First };
+    let decide = if subscriber.in_order { decide_in_order } else { decide };
     let decided = decide(&attempt, outcome, true, &Health::default(), &subscriber.retry, now, 0.5);
     let word = match outcome {
         // Their verdict depends on the endpoint's other answers, so the answer is named.
@@ -142,6 +143,7 @@ fn verdict(
     let mut text = disposition_text(subscriber, decided.disposition);
     match outcome {
         Outcome::TooLarge { .. } => text.push_str("; a batch of several events would be sent in halves"),
+        Outcome::Refused { .. } if subscriber.in_order => text.push_str("; of several events only those before the first that it refuses would be done"),
         Outcome::Refused { .. } => text.push_str(
             "; but if the endpoint had accepted something since it last failed in another way: dead letter, reason `refused`, \
              and of a batch of several only those that it refuses",
@@ -188,6 +190,7 @@ fn disposition_text(subscriber: &Subscriber, disposition: Disposition) -> String
         Disposition::Paused(PauseCause::Gone) => {
             "paused: the batch would be kept, and nothing sent until `hooktrail resume`, since 410 asks to be left alone".to_owned()
         }
+        Disposition::Paused(PauseCause::Refused) => "paused: the event would be kept, since order is \"strict\"".to_owned(),
         Disposition::Paused(PauseCause::Exhausted) => "paused: [retry] allows no other attempt, and on_exhausted is \"pause\"".to_owned(),
         Disposition::GivenBack => "not sent, and no attempt: the queue would get the batch back as it was".to_owned(),
     }

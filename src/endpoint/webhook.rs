@@ -30,7 +30,7 @@ use self::{
     connections::Connections,
     errors::NotAnswered,
     resolver::Lookup,
-    tokens::{NoToken, Tokens},
+    tokens::{NoToken, Token, Tokens},
 };
 use crate::{
     clock,
@@ -98,6 +98,20 @@ pub struct TestAttempt {
     /// The status, and the beginning of the text on one line.
     pub answer: Option<(u16, String)>,
     pub outcome: Outcome,
+}
+
+/// A request that was sent, and what came of it.
+struct Sent {
+    headers: HeaderMap,
+    result: Result<Response, NotAnswered>,
+    /// How it was sent last.
+    coding: Coding,
+}
+
+impl Sent {
+    fn nothing(why: NotAnswered) -> Self {
+        Self { headers: HeaderMap::new(), result: Err(why), coding: Coding::Plain }
+    }
 }
 
 /// Why there is no token.
@@ -202,10 +216,7 @@ impl Webhook {
     }
 
     async fn send_at(&self, request: Request, now: Instant) -> Outcome {
-        match self.request(&request) {
-            Ok(headers) => self.judge(self.authorized(headers, request.body, now).await.0),
-            Err(failure) => retry(failure),
-        }
+        self.judge(self.authorized(&request, now).await.result)
     }
 
     /// Whether its receiver took no compressed request.
@@ -222,22 +233,8 @@ impl Webhook {
 
     /// As [`send`](Self::send), and returns what was sent and answered.
     pub async fn test(&self, request: Request) -> TestAttempt {
-        let headers = match self.request(&request) {
-            Ok(headers) => headers,
-            Err(failure) => {
-                return TestAttempt {
-                    headers: Vec::new(),
-                    refused_coding: false,
-                    answer: None,
-                    outcome: retry(failure),
-                };
-            }
-        };
+        let Sent { headers, result, coding } = self.authorized(&request, clock::instant()).await;
         let mut sent = shown(&headers);
-        if self.tokens.is_some() {
-            sent.push((AUTHORIZATION.to_string(), None));
-        }
-        let (result, coding) = self.authorized(headers, request.body, clock::instant()).await;
         if coding == Coding::Gzip {
             sent.push((CONTENT_ENCODING.to_string(), Some(GZIP.to_owned())));
         }
@@ -274,26 +271,34 @@ impl Webhook {
 
     /// Sends the request with a token, where requests need one. One whose token is refused is sent
     /// again with another.
-    async fn authorized(
-        &self,
-        headers: HeaderMap,
-        body: Bytes,
-        now: Instant,
-    ) -> (Result<Response, NotAnswered>, Coding) {
-        let Some(tokens) = &self.tokens else { return self.attempt(headers, body, now).await };
+    async fn authorized(&self, request: &Request, now: Instant) -> Sent {
+        let Some(tokens) = &self.tokens else { return self.signed(request, None, now).await };
         let token = match tokens.current(&self.connections).await {
             Ok(token) => token,
-            Err(why) => return (Err(why.into()), Coding::Plain),
+            Err(why) => return Sent::nothing(why.into()),
         };
-        let sent = self.attempt(token.on(headers.clone()), body.clone(), now).await;
-        if !sent.0.as_ref().is_ok_and(|answer| answer.status == UNAUTHORIZED) {
+        let sent = self.signed(request, Some(&token), now).await;
+        if !sent.result.as_ref().is_ok_and(|answer| answer.status == UNAUTHORIZED) {
             return sent;
         }
         match tokens.instead_of(&token, &self.connections).await {
             None => sent,
-            Some(Ok(token)) => self.attempt(token.on(headers), body, clock::instant()).await,
-            Some(Err(why)) => (Err(why.into()), sent.1),
+            Some(token) => self.signed(request, Some(&token), clock::instant()).await,
         }
+    }
+
+    /// Signs the request now, and sends it.
+    async fn signed(&self, request: &Request, token: Option<&Token>, now: Instant) -> Sent {
+        let headers = match self.request(request) {
+            Ok(headers) => headers,
+            Err(failure) => return Sent::nothing(NotAnswered::Failed(failure)),
+        };
+        let headers = match token {
+            Some(token) => token.on(headers),
+            None => headers,
+        };
+        let (result, coding) = self.attempt(headers.clone(), request.body.clone(), now).await;
+        Sent { headers, result, coding }
     }
 
     /// Sends the request compressed, where that is configured and was not refused. One that is
@@ -720,10 +725,8 @@ mod tests {
         let (allowed, _) = counting("127.0.0.1:0").await;
         let (inner, to_inner) = counting("127.0.0.2:0").await;
         let fetching = |token_url: &str| {
-            let mut subscriber = subscriber(
-                &format!("http://{allowed}/"),
-                "allow_addresses = [\"127.0.0.1\"]",
-            );
+            let mut subscriber =
+                subscriber(&format!("http://{allowed}/"), "allow_addresses = [\"127.0.0.1\"]");
             subscriber.auth = Some(Auth::OAuth2(crate::config::ClientCredentials {
                 token_url: crate::crypto::secret::SecretUrl::new(token_url.parse().expect("a URL")),
                 client_id: "c".to_owned(),
@@ -735,7 +738,9 @@ mod tests {
             Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup)
                 .expect("builds")
         };
-        for token_url in [format!("http://inner.example:{}/", inner.port()), format!("http://{inner}/")] {
+        for token_url in
+            [format!("http://inner.example:{}/", inner.port()), format!("http://{inner}/")]
+        {
             let outcome = fetching(&token_url).send(request()).await;
             let Outcome::Retry { failure: Failure::Auth(why), .. } = &outcome else {
                 panic!("{outcome:?}")

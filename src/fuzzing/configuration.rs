@@ -115,7 +115,8 @@ fn within_limits(config: &config::Config) {
         assert!(
             s.auth
                 .as_ref()
-                .is_none_or(|a| http::HeaderValue::from_str(a.header().expose()).is_ok())
+                .and_then(config::Auth::header)
+                .is_none_or(|value| http::HeaderValue::from_str(value.expose()).is_ok())
         );
         let signed = s.signer.headers("msg_1", 1, b"{}");
         let has_key = !s.secrets.is_empty() || s.signing_key.is_some();

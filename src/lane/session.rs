@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::{Batch, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState},
+    delivery::{Batch, DeadLetter, Disposition, Failure, Outcome, Pause, PauseCause, PauseState},
     endpoint::webhook::Request,
     event::{entry::event_in, head},
     failpoint::{Step, reached},
@@ -52,6 +52,9 @@ pub(super) enum End {
     Paused,
     /// A setting changed that the session was opened with.
     Configured,
+    /// A batch waits for its retry, and nothing may overtake it: the queue keeps what follows until
+    /// that is done.
+    Overtaking,
     Lost(QueueError),
     /// A settlement was not confirmed: why.
     Unsettled(String),
@@ -385,7 +388,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// queue.
     fn unconfirmed(&mut self, why: String) {
         match self.end {
-            None | Some(End::Circuit | End::Paused | End::Configured) => {
+            None | Some(End::Circuit | End::Paused | End::Configured | End::Overtaking) => {
                 self.end = Some(End::Unsettled(why));
             }
             Some(End::Drained | End::Lost(_) | End::Unsettled(_) | End::Unsent) => {}
@@ -408,7 +411,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         if let Some(failure) = outcome.failure() {
             in_flight.add_failure(failure, now);
         }
-        let mut verdict = self.lane.decide(&attempt, &outcome, current, now);
+        // What an operator sent again goes beside the others.
+        let in_order = self.lane.subscriber.in_order && !in_flight.batch.replay;
+        let mut verdict = self.lane.decide(&attempt, &outcome, in_order, current, now);
         let mut halves = None;
         if matches!(verdict.disposition, Disposition::Split { .. }) {
             halves = in_flight.batch.halves();
@@ -416,7 +421,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 // Its header counts more events than its body holds. Sent again at once, it would
                 // be answered in the same way.
                 attempt.events = 1;
-                verdict = self.lane.decide(&attempt, &outcome, current, now);
+                verdict = self.lane.decide(&attempt, &outcome, in_order, current, now);
             }
         }
         if current {
@@ -503,6 +508,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 );
                 self.pause(in_flight, why, "retry.on_exhausted");
             }
+            Disposition::Paused(PauseCause::Refused) => {
+                let status = outcome.failure().and_then(Failure::status);
+                let status = status.map(|s| format!(" with {s}")).unwrap_or_default();
+                let why =
+                    format!("the receiver refuses an event{status}, and none may overtake it");
+                self.pause(in_flight, why, "order");
+            }
             // An unsent request has already ended the session.
             Disposition::GivenBack => {}
         }
@@ -524,9 +536,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn again(&mut self, in_flight: InFlight, halves: Option<Vec<Batch>>, delay: Duration) {
         let InFlight { batch, receipts, arrived_at, .. } = in_flight;
         let split = halves.as_ref().map(|_| batch.id.clone());
+        let is_replay = batch.replay;
         let batches = halves.unwrap_or_else(|| vec![batch]);
         let settled = Settled::Retries { batches: batches.clone(), split, delay, arrived_at };
         self.settle(receipts, Settlement::Retry { batches, delay }, settled);
+        if self.lane.subscriber.in_order && !is_replay {
+            self.end.get_or_insert(End::Overtaking);
+        }
     }
 
     /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is

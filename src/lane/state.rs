@@ -292,16 +292,20 @@ impl<Q: Queue> State<Q> {
         (events.min(by_rate), bytes)
     }
 
-    /// The verdict on an attempt. `current`: requests are still made as this one was.
+    /// The verdict on an attempt. `in_order`: nothing may overtake its batch. `current`: requests are
+    /// still made as this one was.
     pub(super) fn decide(
         &self,
         attempt: &Attempt,
         outcome: &Outcome,
+        in_order: bool,
         current: bool,
         now: SystemTime,
     ) -> Verdict {
-        let retry = &self.subscriber.retry;
-        verdict::decide(attempt, outcome, current, &self.health, retry, now, clock::random())
+        let decide = if in_order { verdict::decide_in_order } else { verdict::decide };
+        let (health, retry) = (&self.health, &self.subscriber.retry);
+        let verdict = decide(attempt, outcome, current, health, retry, now, clock::random());
+        if self.subscriber.in_order && !in_order { verdict.beside() } else { verdict }
     }
 
     /// The last resume. Batches first attempted before it start over.

@@ -89,6 +89,12 @@ impl Health {
         self.too_large = self.too_large.saturating_add(1);
     }
 
+    /// The same endpoint, with its refusals believed.
+    #[must_use]
+    pub const fn believed(&self) -> Self {
+        Self { healthy: true, refusals: 0, ..*self }
+    }
+
     /// Whether the next refusal is about the batch, and not about everything.
     pub fn believes_refusal(&self) -> bool {
         self.healthy && self.refusals < Self::MAX_REFUSALS

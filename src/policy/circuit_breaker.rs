@@ -246,7 +246,7 @@ impl CircuitBreaker {
 
     /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint. A
     /// failed probe opens the circuit again all the same, so that there is one probe in each
-    /// interval, and for twice the time only if it was a first attempt.
+    /// interval, and for twice the time only if it was a first attempt that counts.
     pub fn on_failure(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
         if let State::Tried { failures, held_until } = self.state {
             if !begun.probe {
@@ -278,7 +278,7 @@ impl CircuitBreaker {
                 Some(Change::Opened { failures: failures + 1, open_for })
             }
             State::HalfOpen { open_for } if begun.probe => {
-                let open_for = if begun.first {
+                let open_for = if begun.first && counts {
                     (open_for * 2).min(self.policy.max_open_for)
                 } else {
                     open_for

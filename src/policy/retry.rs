@@ -134,6 +134,12 @@ impl RetryPolicy {
         self.on_exhausted
     }
 
+    /// The same, and no batch is given up.
+    #[must_use]
+    pub fn pausing(self) -> Self {
+        Self { on_exhausted: Exhausted::Pause, ..self }
+    }
+
     /// The interval after failed attempt `attempt` (from 1), before jitter.
     pub fn interval(&self, attempt: u32) -> Duration {
         // In one step whatever the number of attempts, which comes from a message.

@@ -53,6 +53,19 @@ pub struct Verdict {
     pub shortened_from: Option<Duration>,
 }
 
+impl Verdict {
+    /// The verdict on what goes beside a strict order: that pauses for its own batches alone.
+    #[must_use]
+    pub fn beside(self) -> Self {
+        match self.disposition {
+            Disposition::Paused(PauseCause::Exhausted) => {
+                Self { disposition: Disposition::DeadLetter(Reason::Exhausted), ..self }
+            }
+            _ => self,
+        }
+    }
+}
+
 /// The evidence of an attempt about its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Evidence {
@@ -102,6 +115,26 @@ pub fn decide(
                 if case.is_part() { Evidence::Failed { counts: false } } else { verdict.evidence };
             Verdict { evidence, ..verdict }
         }
+    }
+}
+
+/// As [`decide`], where nothing may overtake the batch. A refusal is believed whatever the endpoint
+/// did before: nothing else is sent that it could accept, and what is refused is not given up.
+pub fn decide_in_order(
+    attempt: &Attempt,
+    outcome: &Outcome,
+    current: bool,
+    health: &Health,
+    retry: &RetryPolicy,
+    now: SystemTime,
+    random: f64,
+) -> Verdict {
+    let verdict = decide(attempt, outcome, current, &health.believed(), retry, now, random);
+    match verdict.disposition {
+        Disposition::DeadLetter(Reason::Refused) => {
+            Verdict { disposition: Disposition::Paused(PauseCause::Refused), ..verdict }
+        }
+        _ => verdict,
     }
 }
 
@@ -331,14 +364,44 @@ mod tests {
     }
 
     #[test]
+    fn where_nothing_may_overtake_a_batch_a_refusal_is_believed_at_once_and_pauses() {
+        let decided = |attempt: &Attempt, status: u16| {
+            let outcome = super::tests::status(status);
+            decide_in_order(
+                attempt,
+                &outcome,
+                true,
+                &Health::default(),
+                &RetryPolicy::default(),
+                T0,
+                0.5,
+            )
+        };
+        let split = Disposition::Split { delay: Duration::ZERO };
+        assert_eq!(decided(&first(9), 422).disposition, split);
+        assert_eq!(decided(&first(1), 422).disposition, Disposition::Paused(PauseCause::Refused));
+        let too_large = decided(&first(1), 413).disposition;
+        assert_eq!(too_large, Disposition::DeadLetter(Reason::TooLarge));
+        let failed = decided(&again(false, T0), 503);
+        assert_eq!((failed.disposition.delay().is_some(), failed.evidence), (true, COUNTS));
+        let beside = |disposition| plain(disposition, Evidence::None).beside().disposition;
+        let exhausted = beside(Disposition::Paused(PauseCause::Exhausted));
+        assert_eq!(exhausted, Disposition::DeadLetter(Reason::Exhausted));
+        let gone = Disposition::Paused(PauseCause::Gone);
+        assert_eq!(beside(gone), gone);
+    }
+
+    #[test]
     fn an_attempt_without_a_token_is_retried_and_says_nothing_of_the_endpoint() {
-        let outcome =
-            Outcome::Retry { failure: Failure::Auth("it answered 503".to_owned()), retry_after: None };
+        let outcome = Outcome::Retry {
+            failure: Failure::Auth("it answered 503".to_owned()),
+            retry_after: None,
+        };
         let mut health = healthy_since(T0);
         let verdict = decided(&first(9), &outcome, &health);
         assert_eq!(
             (verdict.disposition, verdict.evidence),
-            (Disposition::Retry { delay: secs(15) }, DOES_NOT_COUNT)
+            (Disposition::Retry { delay: secs(5) }, DOES_NOT_COUNT)
         );
         learn(&mut health, &first(9), &outcome, T0);
         assert!(health.believes_refusal());

@@ -39,7 +39,6 @@ use fault::Fault;
 use power::Disk;
 use remembered::NUMBERS;
 use round::Round;
-use subscribers::Kind;
 use support::{
     broker::{Broker, Node, SETTLING},
     queue::Embedded,
@@ -92,6 +91,7 @@ async fn rounds_on(
     let (mut published, mut same_id, mut explained, mut dead, mut all_lost, mut failed) =
         (0, 0, 0, 0, 0, Vec::new());
     let mut all_faults: BTreeMap<String, usize> = BTreeMap::new();
+    let mut subscribers = 0;
     for number in 0..count {
         let seed = first_seed + number;
         let begun = Instant::now();
@@ -101,7 +101,9 @@ async fn rounds_on(
         if place.embedded().is_some() {
             shape.daemons = 1;
         }
-        let mut world = World::new(place, shape, &Kind::ALL, &mut rng).await;
+        let kinds = place.kinds();
+        subscribers = kinds.len();
+        let mut world = World::new(place, shape, &kinds, &mut rng).await;
         // In one of four there is nothing that can be why something comes again.
         let calm = seed.is_multiple_of(4) && disk.is_none();
         let wanted = std::env::var("HOOKTRAIL_FAULTS_WITH").ok();
@@ -157,9 +159,8 @@ async fn rounds_on(
         }
     }
     println!(
-        "{what}: {count} rounds, {} faults {all_faults:?}; {published} events × {} subscribers, {dead} dead, {all_lost} lost, {same_id} came again under one id, {explained} under another",
+        "{what}: {count} rounds, {} faults {all_faults:?}; {published} events × {subscribers} subscribers, {dead} dead, {all_lost} lost, {same_id} came again under one id, {explained} under another",
         all_faults.values().sum::<usize>(),
-        Kind::ALL.len()
     );
     assert!(failed.is_empty(), "{} rounds failed:\n{}", failed.len(), failed.join("\n"));
 }
@@ -209,10 +210,11 @@ async fn prepare(place: Place, rng: &mut StdRng) {
         channel.queue_declare("source".into(), durable, arguments).await.expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
     }
+    let kinds = place.kinds();
     let mut world = World::new(
         place,
         Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 },
-        &Kind::ALL,
+        &kinds,
         rng,
     )
     .await;
@@ -258,7 +260,8 @@ fn mixed_faults_on_a_cluster_lose_nothing() {
 pub(crate) async fn prepare_intake(broker: &Arc<Broker>) {
     let place = Place::Intake { broker: broker.clone(), queue: Embedded::new() };
     let shape = Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 };
-    let mut world = World::new(place, shape, &Kind::ALL, &mut StdRng::seed_from_u64(0)).await;
+    let kinds = place.kinds();
+    let mut world = World::new(place, shape, &kinds, &mut StdRng::seed_from_u64(0)).await;
     world.spawn(0, None);
     world.wait_running(0).await;
     support::eventually("the intake queue is declared", async || {

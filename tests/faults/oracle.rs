@@ -27,6 +27,8 @@ pub(crate) struct Ledger {
     pub(crate) tenants: BTreeMap<String, u64>,
     /// The groups in which events were published: the first and the last, from when until when.
     pub(crate) groups: Vec<(RangeInclusive<u64>, SystemTime, SystemTime)>,
+    /// What went past the broker that the others come through: one way may be faster.
+    pub(crate) past_the_broker: BTreeSet<u64>,
 }
 
 impl Ledger {
@@ -89,6 +91,8 @@ pub(crate) struct Seen {
     pub(crate) dead: BTreeSet<u64>,
     /// Whether it answers each request with a success, and is heard.
     pub(crate) is_always_heard: bool,
+    /// Whether no event may arrive before an older one has.
+    pub(crate) in_order: bool,
     /// When a queue was deleted in which its retries wait, with all that was in it.
     pub(crate) retries_deleted: Vec<SystemTime>,
 }
@@ -148,6 +152,8 @@ pub(crate) struct Verdict {
     /// An attempt failed, or what was accepted came again, although nothing went wrong; or
     /// something was repeated indefinitely.
     pub(crate) needless: Vec<String>,
+    /// An event was accepted for the first time after a younger one.
+    pub(crate) overtaken: Vec<String>,
 }
 
 impl Verdict {
@@ -157,6 +163,7 @@ impl Verdict {
             && self.unexplained.is_empty()
             && self.changed.is_empty()
             && self.needless.is_empty()
+            && self.overtaken.is_empty()
     }
 }
 
@@ -177,9 +184,10 @@ impl fmt::Display for Verdict {
             let (strangers, unexplained) = (some(&self.strangers), first(&unexplained));
             let changed = first(&self.changed.iter().collect::<Vec<_>>());
             let needless = first(&self.needless.iter().collect::<Vec<_>>());
+            let overtaken = first(&self.overtaken.iter().collect::<Vec<_>>());
             write!(
                 f,
-                ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}, needless {needless}"
+                ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}, needless {needless}, overtaken {overtaken}"
             )?;
         }
         Ok(())
@@ -239,6 +247,9 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
     (verdict.lost, verdict.deleted) = (lost, deleted.len());
     if seen.is_always_heard {
         verdict.needless = failed_attempts(&seen.requests);
+    }
+    if seen.in_order {
+        verdict.overtaken = overtaken(ledger, &seen.requests);
     }
     let published = |n: &u64| {
         [&ledger.confirmed, &ledger.unknown, &ledger.unmatched].iter().any(|some| some.contains(n))
@@ -326,6 +337,28 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
         }
     }
     verdict
+}
+
+/// The events that were accepted for the first time after a younger one, an operator's replays
+/// aside. Of what was not confirmed it is not known when the queue took it.
+fn overtaken(ledger: &Ledger, requests: &[Request]) -> Vec<String> {
+    let (mut seen, mut newest) = (BTreeSet::new(), [None; 2]);
+    let mut found = Vec::new();
+    let is_first = |r: &&Request| r.status < 300 && r.header("x-hooktrail-replay").is_empty();
+    for request in requests.iter().filter(is_first) {
+        for n in request.numbers() {
+            if !ledger.confirmed.contains(&n) || !seen.insert(n) {
+                continue;
+            }
+            let newest = &mut newest[usize::from(ledger.past_the_broker.contains(&n))];
+            if let Some(newest) = newest.filter(|newest| n < *newest) {
+                let at = hooktrail::clock::rfc3339(request.at);
+                found.push(format!("event {n} came after {newest}, in {} at {at}", request.id()));
+            }
+            *newest = (*newest).max(Some(n));
+        }
+    }
+    found
 }
 
 /// Requests that say that an attempt before them had failed.
@@ -488,6 +521,42 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
         excuse_what_was_relayed_twice(&mut verdicts);
         assert_eq!(verdicts[1].is_good(), good, "{verdicts:?}");
     }
+}
+
+#[test]
+fn the_oracle_sees_what_is_overtaken() {
+    let request = |id: &str, status: u16, replay: bool, numbers: &[u64]| {
+        let events: Vec<String> = numbers.iter().map(|n| format!("{{\"n\":{n}}}")).collect();
+        let mut headers = axum::http::HeaderMap::new();
+        headers.insert("webhook-id", id.parse().expect("a header"));
+        if replay {
+            headers.insert("x-hooktrail-replay", axum::http::HeaderValue::from_static("true"));
+        }
+        let body = format!("{{\"events\":[{}]}}", events.join(",")).into();
+        let at = SystemTime::now();
+        Request { headers, body, at, status, peer: ([127, 0, 0, 1], 1).into() }
+    };
+    let ledger = Ledger { confirmed: (0..10).collect(), ..Ledger::default() };
+    let saw = |requests: &[Request], in_order: bool| {
+        let (name, requests) = ("ordered".to_owned(), requests.to_vec());
+        let dead = (0..10).collect();
+        let seen = Seen { name, requests, dead, in_order, ..Seen::default() };
+        judge(&ledger, &seen, &[]).overtaken.len()
+    };
+    let fine = [
+        request("a", 200, false, &[0, 1]),
+        request("b", 500, false, &[2, 3]),
+        request("r", 200, true, &[9]),
+        request("b", 200, false, &[2, 3]),
+        request("u", 200, false, &[11]),
+        request("a", 200, false, &[0, 1]),
+        request("c", 200, false, &[4, 5]),
+    ];
+    assert_eq!(saw(&fine, true), 0);
+    let passed = request("c", 200, false, &[4, 5]);
+    let overtaken = [&fine[..2], &[passed], &fine[3..4]].concat();
+    assert_eq!((saw(&overtaken, true), saw(&overtaken, false)), (2, 0));
+    assert_eq!(saw(&[request("a", 200, false, &[1, 0])], true), 1, "within a request");
 }
 
 #[test]

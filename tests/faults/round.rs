@@ -189,6 +189,8 @@ impl<'w> Round<'w> {
             }
             let pause = self.rng.random_range(0..1200);
             tokio::time::sleep(Duration::from_millis(pause)).await;
+            // With its receiver as it is: what paused it may come again.
+            self.resume_who_is_paused(Some(Kind::Ordered)).await;
         }
         self.peace().await;
         let ledger = producer.finish().await;
@@ -440,7 +442,7 @@ impl<'w> Round<'w> {
                     )),
                 );
             }
-            self.resume_who_is_paused().await;
+            self.resume_who_is_paused(None).await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -450,10 +452,15 @@ impl<'w> Round<'w> {
         let Subscriber { kind, receiver, .. } = &self.world.subscribers[n];
         let (name, requests, retries_deleted) =
             (kind.name(), receiver.requests(), self.retries_deleted.clone());
-        Seen { name, requests, dead, is_always_heard: kind.is_always_heard(), retries_deleted }
+        let (is_always_heard, in_order) = (kind.is_always_heard(), *kind == Kind::Ordered);
+        Seen { name, requests, dead, is_always_heard, in_order, retries_deleted }
     }
 
-    pub(crate) async fn resume_who_is_paused(&mut self) {
+    /// Resumes who is paused, or of those one alone.
+    pub(crate) async fn resume_who_is_paused(&mut self, one_alone: Option<Kind>) {
+        if one_alone.is_some_and(|kind| !self.world.place.kinds().contains(&kind)) {
+            return;
+        }
         let client = reqwest::Client::builder()
             .no_proxy()
             .timeout(Duration::from_secs(10))
@@ -461,12 +468,16 @@ impl<'w> Round<'w> {
             .expect("a client");
         let base = format!("http://127.0.0.1:{}/api/v1/subscribers", self.world.port(0));
         let Ok(answer) = client.get(&base).send().await else { return };
+        // A daemon may end at any time.
         let Ok(text) = answer.text().await else { return };
         let found: serde_json::Value =
             serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
         for one in found["subscribers"].as_array().into_iter().flatten() {
             if one["state"] == "paused" {
                 let name = one["subscriber"].as_str().expect("a name");
+                if one_alone.is_some_and(|kind| kind.name() != name) {
+                    continue;
+                }
                 let resumed = client
                     .post(format!("{base}/{name}/resume"))
                     .header("content-type", "application/json")
@@ -672,7 +683,7 @@ impl<'w> Round<'w> {
                 self.complaints.push(why);
                 break;
             }
-            self.resume_who_is_paused().await;
+            self.resume_who_is_paused(None).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
         self.log(&format!(

@@ -14,7 +14,6 @@ use crate::{
     impatient_broker, prepare, prepare_intake,
     remembered::{NUMBERS, reach},
     round::Round,
-    subscribers::Kind,
     support::{
         broker::Broker,
         daemon::{QUICK, Setup, subscriber},
@@ -66,7 +65,8 @@ const SHAPE: Shape = Shape { concurrency: 3, max_events: 10, daemons: 1, rate: 3
 
 async fn dies_at(what: &str, place: Place, step: Step, after: u32) {
     let mut rng = StdRng::seed_from_u64(7);
-    let mut world = World::new(place, SHAPE, &Kind::ALL, &mut rng).await;
+    let kinds = place.kinds();
+    let mut world = World::new(place, SHAPE, &kinds, &mut rng).await;
     // Those that share a store have numbers of their own.
     let number = Step::ALL.iter().position(|s| *s == step).unwrap_or_default() as u64;
     let outcome = Round::new(&mut world, rng).dies_at(step, after, number * NUMBERS).await;

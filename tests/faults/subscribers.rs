@@ -76,7 +76,8 @@ impl Mood {
             | Kind::Doomed
             | Kind::Leaving
             | Kind::Abrupt
-            | Kind::Draining => GOOD,
+            | Kind::Draining
+            | Kind::Ordered => GOOD,
         }
     }
 
@@ -103,6 +104,15 @@ impl Mood {
             Kind::Doomed => Self { fails: rng.random_range(0.3..1.0), asks_to_wait: 0.1, ..good },
             Kind::Leaving => Self { leaves: 0.1, fails: 0.2, ..good },
             Kind::Poisoned => Self { fails: rng.random_range(0.0..0.2), ..good },
+            Kind::Ordered => Self {
+                most: rng.random_range(3..20),
+                fails: rng.random_range(0.0..0.5),
+                hangs: 0.01,
+                leaves: 0.005,
+                asks_to_wait: 0.1,
+                refuses: rng.random_bool(0.2).then_some(rng.random_range(0..101)),
+                ..good
+            },
         }
     }
 
@@ -137,9 +147,12 @@ pub(crate) enum Kind {
     Abrupt,
     /// Accepts all that it processes, by HTTP/2; its connections end with requests unprocessed.
     Draining,
+    /// Fails in all ways, and gets no event before an older one.
+    Ordered,
 }
 
 impl Kind {
+    /// Those of every queue. [`Ordered`](Self::Ordered) needs one that keeps the order.
     pub(crate) const ALL: [Self; 9] = [
         Self::Steady,
         Self::Busy,
@@ -190,6 +203,7 @@ impl Kind {
             // decided.
             Self::Poisoned => format!("{PATIENT}\nbatch = {{ max_events = 10 }}\ncircuit_breaker = {{ failures = 3 }}"),
             Self::Abrupt => PATIENT.to_owned(),
+            Self::Ordered => "order = \"strict\"\nbatch = { max_events = 20 }".to_owned(),
             Self::Draining => format!("{PATIENT}\nbatch = {{ max_events = 10 }}").replace("http = {", "http = { concurrency = 4,"),
         }
     }

@@ -74,6 +74,11 @@ impl Place {
         self.nodes().first().copied()
     }
 
+    /// The subscribers of a round.
+    pub(crate) fn kinds(&self) -> Vec<Kind> {
+        Kind::ALL.into_iter().chain(self.embedded().map(|_| Kind::Ordered)).collect()
+    }
+
     pub(crate) fn nodes(&self) -> Vec<&Node> {
         match self {
             Self::Broker { broker, others, .. } => {
@@ -659,6 +664,7 @@ impl Publish {
                 let over_http_now = turn.is_multiple_of(3) || matches!(self.way, Way::Http);
                 let fates = if !self.ports.is_empty() && over_http_now {
                     let port = self.ports[turn / 3 % self.ports.len()];
+                    self.ledger.lock().expect("not poisoned").past_the_broker.extend(&group);
                     over_http(&client, port, &group).await
                 } else {
                     self.directly(&group).await

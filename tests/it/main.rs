@@ -13,6 +13,7 @@ mod delivery {
     mod events;
     mod faults;
     pub(crate) mod intake;
+    mod order;
     mod retrying;
 }
 

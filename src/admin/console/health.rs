@@ -105,7 +105,7 @@ fn page(
             @match inspected {
                 None => div.empty {
                     p { "Not inspected since the daemon started." }
-                    p { "An inspection asks the queue, and connects to each endpoint without sending a request." }
+                    p { "An inspection asks the queue, and connects to each endpoint without a request to it. Where requests need a token, it fetches one." }
                 },
                 Some(inspected) => {
                     (table("Findings", &[Text("Severity"), Text("About"), Text("Found")], html! {

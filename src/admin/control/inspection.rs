@@ -51,7 +51,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self.inspections.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Inspects queue and endpoints, without sending a request, unless that was done within
+    /// Inspects queue and endpoints, without a request to those, unless that was done within
     /// [`INSPECT_EVERY`]. What is late is a finding, and hides no other.
     pub(in crate::admin) async fn inspect(&self) -> Result<(), Refusal> {
         self.inspect_within(PATIENCE).await

@@ -746,8 +746,12 @@ fn takes_nothing_along(
     let Some(before) = &before.document else { return Ok(()) };
     let Some(carried) = document.carried_elsewhere(given, before) else { return Ok(()) };
     let what: Vec<String> = carried.keys.iter().map(|key| format!("`{key}`")).collect();
+    let change = match carried.by {
+        "url" => "has another scheme, host or port",
+        _ => "is another address",
+    };
     let why = format!(
-        "has another scheme, host or port than before, which would get what is stored for that one: {}; give {} again in the same change, or take {} out, over the API or with `hooktrail subscribers set --from`",
+        "{change} than before, which would get what is stored for that one: {}; give {} again in the same change, or take {} out, over the API or with `hooktrail subscribers set --from`",
         what.join(", "),
         agreed(&what.len(), "(it|them)"),
         agreed(&what.len(), "(it|them)"),

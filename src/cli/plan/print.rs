@@ -107,12 +107,22 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         line(format!(
             "  each attempt itself can take up to {} more (http.timeout, after a wait for a place on a connection{}), all of them together {}",
             rounded(longest),
-            if matches!(s.auth, Some(Auth::OAuth2(_))) { ", twice with a token of auth.oauth2" } else { "" },
+            if matches!(s.auth, Some(Auth::OAuth2(_))) {
+                ", twice with a token of auth.oauth2"
+            } else {
+                ""
+            },
             rounded(longest.saturating_mul(end.number))
         ));
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
+    if s.in_order {
+        line(
+            "  order: strict; a batch that fails holds all that follows it until it is accepted"
+                .to_owned(),
+        );
+    }
     if let Some(rate) = s.http.rate {
         let (what, at_once) = match rate.of {
             RateOf::Requests => ("requests", "after a pause a second's worth at once"),

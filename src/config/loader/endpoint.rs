@@ -63,11 +63,16 @@ pub(super) fn url(
         );
         return None;
     };
-    target(reader, &value, http)
+    target(reader, &value, http, "events")
 }
 
-/// A URL that requests go to.
-fn target(reader: &Reader<'_>, value: &Value<'_>, http: &Layers<'_>) -> Option<SecretUrl> {
+/// A URL that requests go to, with `what`.
+fn target(
+    reader: &Reader<'_>,
+    value: &Value<'_>,
+    http: &Layers<'_>,
+    what: &str,
+) -> Option<SecretUrl> {
     // No message quotes the URL: userinfo, path and query may be secrets.
     let url = match reader.string(value)?.parse::<Url>() {
         Ok(url) => url,
@@ -90,7 +95,7 @@ fn target(reader: &Reader<'_>, value: &Value<'_>, http: &Layers<'_>) -> Option<S
                 } else {
                     "or set `http.allow_http = true` for this subscriber"
                 };
-                reader.report(value, format!("plain http sends events unencrypted; use https, {remedy}"));
+                reader.report(value, format!("plain http sends {what} unencrypted; use https, {remedy}"));
             }
             allowed
         }),
@@ -137,11 +142,7 @@ pub(super) fn headers(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<(Hea
     (headers.len() == entries.len()).then_some(headers)
 }
 
-pub(super) fn auth(
-    reader: &Reader<'_>,
-    value: &Value<'_>,
-    http: &Layers<'_>,
-) -> Option<Auth> {
+pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>, http: &Layers<'_>) -> Option<Auth> {
     let section = reader.section(value, keys::AUTH)?;
     match (section.get("basic"), section.get("bearer"), section.get("oauth2")) {
         (Some(basic), None, None) => {
@@ -199,10 +200,13 @@ fn client_credentials(
         found
     };
     let token_url = required("token_url", "where tokens are fetched").and_then(|v| {
-        let url = target(reader, &v, http)?;
+        let url = target(reader, &v, http, "the client's secret")?;
         let has_user = !url.expose().username().is_empty() || url.expose().password().is_some();
         if has_user {
-            reader.report(&v, "must have no user and no password; they are `client_id` and `client_secret`");
+            reader.report(
+                &v,
+                "must have no user and no password; they are `client_id` and `client_secret`",
+            );
         }
         (!has_user).then_some(url)
     });

@@ -151,7 +151,7 @@ impl Document {
     /// The stored values that requests would carry to another origin than the one they were given for:
     /// headers and authentication of `before` that `given`, the client's words, does not give itself.
     pub fn carried_elsewhere(&self, given: &Self, before: &Self) -> Option<Carried> {
-        let is_elsewhere = |place: &Place| self.origin(place) != before.origin(place);
+        let is_elsewhere = |place: &Place| self.target(place) != before.target(place);
         let by = [URL, TOKEN_URL].into_iter().find(is_elsewhere)?;
         let is_kept = |key: &str, path: &[&str]| {
             let own = self.at(key, path);
@@ -176,10 +176,16 @@ impl Document {
         path.iter().try_fold(self.get(key)?, |value, part| value.get(part))
     }
 
-    /// Scheme, host and port of a URL, if it has one there.
-    fn origin(&self, place: &Place) -> Option<Origin> {
+    /// Where requests to a URL go, if it has one there: to scheme, host and port. Of servers of
+    /// tokens many share those, and the path says whose it is.
+    fn target(&self, place: &Place) -> Option<(Origin, String)> {
         let url: Url = self.at(place.first, place.rest)?.as_str()?.trim().parse().ok()?;
-        Some(url.origin())
+        let path = if place.key == URL.key {
+            String::new()
+        } else {
+            url[url::Position::BeforePath..].to_owned()
+        };
+        Some((url.origin(), path))
     }
 }
 
@@ -218,7 +224,8 @@ fn redact_url(value: &mut Value) {
 }
 
 /// The places of secrets below `auth`.
-const CREDENTIALS: [&[&str]; 3] = [&["bearer"], &["basic", "password"], &["oauth2", "client_secret"]];
+const CREDENTIALS: [&[&str]; 3] =
+    [&["bearer"], &["basic", "password"], &["oauth2", "client_secret"]];
 const CLIENT_SECRET: &str = "auth.oauth2.client_secret";
 
 /// The place of a URL in a document.

@@ -305,14 +305,25 @@ fn the_secret_of_a_token_endpoint_goes_to_no_other_one_and_no_token_to_another_r
         json!({ "token_url": "https://login.example/[redacted]/token", "client_id": "c",
             "client_secret": "[redacted]", "scope": "s" })
     );
-    let oauth2 = |patch: Value| json!({ "auth": { "oauth2": patch } });
+    let oauth2 = |patch: serde_json::Value| json!({ "auth": { "oauth2": patch } });
     let secret = "auth.oauth2.client_secret";
     for (patch, by, keys) in [
-        (oauth2(json!({ "token_url": "https://login.example/other" })), "", &[][..]),
-        (oauth2(json!({ "scope": "other" })), "", &[]),
-        (oauth2(json!({ "token_url": "https://evil.example/" })), "auth.oauth2.token_url", &[secret]),
         (
-            oauth2(json!({ "token_url": "https://evil.example/", "client_secret": shown["auth"]["oauth2"]["client_secret"] })),
+            oauth2(json!({ "token_url": "https://login.example/other" })),
+            "auth.oauth2.token_url",
+            &[secret][..],
+        ),
+        (oauth2(json!({ "token_url": shown["auth"]["oauth2"]["token_url"] })), "", &[]),
+        (oauth2(json!({ "scope": "other" })), "", &[]),
+        (
+            oauth2(json!({ "token_url": "https://evil.example/" })),
+            "auth.oauth2.token_url",
+            &[secret],
+        ),
+        (
+            oauth2(
+                json!({ "token_url": "https://evil.example/", "client_secret": shown["auth"]["oauth2"]["client_secret"] }),
+            ),
             "auth.oauth2.token_url",
             &[secret],
         ),

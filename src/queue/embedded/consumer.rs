@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Rows, params};
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 use super::{
@@ -90,6 +90,8 @@ pub(super) struct Shared {
     retries_changed: AtomicU64,
     /// A retry has a time that has not come.
     waits_for_a_retry: AtomicBool,
+    /// Nothing overtakes a batch that failed.
+    in_order: bool,
 }
 
 /// An event as it is in the log.
@@ -422,6 +424,7 @@ pub(super) async fn open(
         wake,
         retries_changed: AtomicU64::new(1),
         waits_for_a_retry: AtomicBool::new(false),
+        in_order: configured.in_order,
     });
     head.join(&shared);
     let source = Source {
@@ -494,6 +497,8 @@ struct Retries {
     seen: u64,
     /// When the next one is due, in Unix milliseconds.
     next_due: Option<i64>,
+    /// One of them, taken or not, is one that nothing may overtake.
+    hold_events: bool,
 }
 
 /// What a query is for.
@@ -523,6 +528,15 @@ impl queue::Source for Source {
                     self.shared.wake.notified().await;
                     continue;
                 }
+            }
+            if self.retries.hold_events {
+                if into.len() > before {
+                    return Ok(());
+                }
+                // Who takes nothing stands in nobody's way.
+                self.shared.share.took(0);
+                self.woken().await;
+                continue;
             }
             let pulled = self.pull(max, into);
             if into.len() > before {
@@ -602,7 +616,7 @@ fn until_due(at: i64) -> Duration {
 impl Source {
     /// Whether a query would find retries that are due, or that were not known.
     fn may_have_due_retries(&self) -> bool {
-        let Retries { seen, next_due } = self.retries;
+        let Retries { seen, next_due, .. } = self.retries;
         let have_changed = self.shared.count_of_retries() != seen;
         (have_changed || next_due.is_some_and(|at| at <= millis(clock::now())))
             && self.has_room_for_retries()
@@ -701,6 +715,7 @@ impl Source {
         let envelopes_room = usize::from(self.window.envelopes).saturating_sub(held.len());
         let (subscriber, tenant) = (self.shared.subscriber.clone(), self.shared.tenant.clone());
         let now = millis(clock::now());
+        let in_order = self.shared.in_order;
         self.shared
             .store
             .read(move |db| {
@@ -710,8 +725,12 @@ impl Source {
                 let mut found = Found { scanned, ..Found::default() };
                 if envelopes_room > 0 {
                     let (room, into) = ((envelopes_room, most), &mut found.envelopes);
-                    let next_due = due(&db, &subscriber, now, &held, room, into)?;
-                    found.retries = Some(Retries { seen, next_due });
+                    let due = if in_order { due_in_order } else { due };
+                    let retries = due(&db, &subscriber, now, &held, room, into)?;
+                    found.retries = Some(Retries { seen, ..retries });
+                    if retries.hold_events {
+                        return Ok(found);
+                    }
                 }
                 if events_room == 0 {
                     return Ok(found);
@@ -799,7 +818,10 @@ impl Source {
     }
 }
 
-/// Takes due retries, the longest due first. Returns when the next one is due.
+/// The columns of a batch that waits.
+const ENVELOPE: &str = "id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, prints";
+
+/// Takes due retries, the longest due first.
 fn due(
     db: &Connection,
     subscriber: &str,
@@ -807,12 +829,50 @@ fn due(
     held: &[i64],
     (room, most): (usize, usize),
     into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
+) -> rusqlite::Result<Retries> {
+    let mut query = db.prepare_cached(&format!(
+        "SELECT {ENVELOPE} FROM retry WHERE subscriber = ?1 ORDER BY due, id"
+    ))?;
+    let rows = query.query([subscriber])?;
+    let next_due = due_of(rows, now, held, (room, most), into)?;
+    Ok(Retries { next_due, ..Retries::default() })
+}
+
+/// Takes of the retries the one whose events come first, when it is due; then those that are due and
+/// that an operator sent again. The parts of a batch are in the order of their ids.
+fn due_in_order(
+    db: &Connection,
+    subscriber: &str,
+    now: i64,
+    held: &[i64],
+    (room, most): (usize, usize),
+    into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
+) -> rusqlite::Result<Retries> {
+    let first: Option<i64> = db
+        .prepare_cached(
+            "SELECT id FROM retry WHERE subscriber = ?1 AND NOT replay ORDER BY seq, batch_id LIMIT 1",
+        )?
+        .query_row([subscriber], |row| row.get(0))
+        .optional()?;
+    let by_id = format!("SELECT {ENVELOPE} FROM retry WHERE id = ?1");
+    let mut by_id = db.prepare_cached(&by_id)?;
+    let first_due = due_of(by_id.query([first])?, now, held, (room, most), into)?;
+    let replays =
+        format!("SELECT {ENVELOPE} FROM retry WHERE subscriber = ?1 AND replay ORDER BY due, id");
+    let mut replays = db.prepare_cached(&replays)?;
+    let replay_due = due_of(replays.query([subscriber])?, now, held, (room, most), into)?;
+    let next_due = [first_due, replay_due].into_iter().flatten().min();
+    Ok(Retries { next_due, hold_events: first.is_some(), ..Retries::default() })
+}
+
+/// Takes those of the rows that are due. Returns when the next one is.
+fn due_of(
+    mut rows: Rows<'_>,
+    now: i64,
+    held: &[i64],
+    (room, most): (usize, usize),
+    into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
-    let mut query = db.prepare_cached(
-        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, prints \
-         FROM retry WHERE subscriber = ?1 ORDER BY due, id",
-    )?;
-    let mut rows = query.query([subscriber])?;
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
         let id: i64 = row.get(0)?;
@@ -979,16 +1039,23 @@ impl Shared {
         let (subscriber, stored) = (shared.subscriber.clone(), reached.clone());
         let settled = envelopes.clone();
         let now = clock::now();
+        let first = events.first().copied();
         let settle = move |db: &Connection| {
+            let mut first = first;
             for id in &settled {
-                db.prepare_cached("DELETE FROM retry WHERE id = ?1")?.execute([id])?;
+                let seq: Option<i64> = db
+                    .prepare_cached("DELETE FROM retry WHERE id = ?1 RETURNING seq")?
+                    .query_row([id], |row| row.get(0))
+                    .optional()?
+                    .flatten();
+                first = first.or(seq);
             }
             match &settlement {
                 Settlement::Delivered => {}
                 Settlement::Retry { batches, delay } => {
                     let due = millis(now + *delay) + 1; // never early
                     batches.iter().try_for_each(|batch| {
-                        insert_retry(db, &subscriber, batch, millis(now), due)
+                        insert_retry(db, &subscriber, batch, first, millis(now), due)
                     })?;
                 }
                 Settlement::Dead(letters) => {
@@ -1008,7 +1075,12 @@ impl Shared {
         }
         drop(taken);
         shared.share.settled(cost);
-        shared.wake();
+        if shared.in_order && !envelopes.is_empty() {
+            // The next part, or the events that waited for it.
+            shared.look_at_retries();
+        } else {
+            shared.wake();
+        }
         Ok(())
     }
 }
@@ -1033,16 +1105,18 @@ fn set_ahead(
         .try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
 }
 
+/// `first`: the number of its first event, if that is known.
 pub(super) fn insert_retry(
     db: &Connection,
     subscriber: &str,
     e: &Batch,
+    first: Option<i64>,
     now: i64,
     due: i64,
 ) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, \
-         scheduled_at, prints) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+         scheduled_at, prints, seq) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
     )?
     .execute(params![
         subscriber,
@@ -1057,7 +1131,8 @@ pub(super) fn insert_retry(
         e.replay,
         e.traceparent,
         now,
-        Print::to_bytes(&e.prints)
+        Print::to_bytes(&e.prints),
+        first
     ])?;
     Ok(())
 }

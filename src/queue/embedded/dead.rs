@@ -194,7 +194,7 @@ fn revive(
     now: i64,
 ) -> rusqlite::Result<()> {
     match letter.kind {
-        MessageKind::Batch => insert_retry(db, subscriber, &letter.to_batch(), now, now),
+        MessageKind::Batch => insert_retry(db, subscriber, &letter.to_batch(), None, now, now),
         MessageKind::Event => {
             let event_type = event_type(&letter.body).map(|t| t.into_owned()).unwrap_or_default();
             // With its tenant: by that a subscriber finds what is for it alone.

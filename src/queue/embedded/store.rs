@@ -184,6 +184,13 @@ const MIGRATIONS: &[&str] = &[
     -- The tenants of the subscribers that have one. A row holds as long as something is left of its subscriber.
     CREATE TABLE tenancy (subscriber TEXT PRIMARY KEY, tenant TEXT NOT NULL) WITHOUT ROWID;
 ",
+    "
+    -- The number of its first event, or of that of the batch that it is a part of; NULL where it is not known: an
+    -- operator has sent it again, or it is from before this version.
+    ALTER TABLE retry ADD COLUMN seq INTEGER;
+    CREATE INDEX retry_in_order ON retry (subscriber, seq, batch_id) WHERE NOT replay;
+    CREATE INDEX retry_replay ON retry (subscriber, due, id) WHERE replay;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).

@@ -89,7 +89,7 @@ pub(super) async fn enqueue(
                 .prepare_cached(waits)?
                 .query_row(params![name, batch.id.as_str()], |r| r.get(0))?;
             if !waits {
-                insert_retry(db, name.as_str(), batch, now, now)?;
+                insert_retry(db, name.as_str(), batch, None, now, now)?;
             }
         }
         Ok(true)

@@ -1,6 +1,9 @@
 //! Bearer tokens that the daemon fetches (RFC 6749, section 4.4).
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use serde_json::Value;
 use tokio::sync::watch;
@@ -16,6 +19,7 @@ on_both_queues!(
     one_token_serves_all_requests,
     a_token_that_is_refused_is_replaced_within_the_attempt_and_once_a_minute,
     without_a_token_nothing_is_sent_and_the_circuit_stays_closed,
+    a_server_of_tokens_that_is_down_is_not_asked_for_each_batch,
     a_token_that_expires_at_once_serves_one_attempt,
 );
 
@@ -134,7 +138,8 @@ async fn without_a_token_nothing_is_sent_and_the_circuit_stays_closed(queue: Que
     for n in 0..causes.len() {
         let answer = answer.clone();
         let server = Receiver::start(move |_, _| answer(n)).await;
-        let own = tokens(&server.url) + "\nhttp = { timeout = \"1s\" }";
+        let timeout = if n == 2 { "1s" } else { "30s" };
+        let own = tokens(&server.url) + &format!("\nhttp = {{ timeout = \"{timeout}\" }}");
         text += &subscriber(&format!("s{n}"), &receiver.url, &own);
         servers.push(server);
     }
@@ -167,6 +172,44 @@ async fn without_a_token_nothing_is_sent_and_the_circuit_stays_closed(queue: Que
     assert!(requests.iter().all(|r| r.attempt() == 2), "the one without a token counts");
     assert_eq!(authorization(&requests), vec!["Bearer token-1"; names.len()]);
     never.send_replace(true);
+}
+
+async fn a_server_of_tokens_that_is_down_is_not_asked_for_each_batch(queue: Queue) {
+    let server = Receiver::start(|_, _| status(503)).await;
+    let receiver = Receiver::start(|r, _| match r.header("authorization") {
+        "Bearer token-2" => status(200),
+        _ => status(401),
+    })
+    .await;
+    let text = SLOW.replace("failures = 0", "failures = 1");
+    let own = tokens(&server.url) + "\nhttp = { concurrency = 8 }";
+    let setup = Setup::new(&queue, &(text + &subscriber("a", &receiver.url, &own)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..24).map(event)).await;
+    eventually("all attempts fail", async || {
+        daemon.log().matches("failure=\"auth\"").count() == 24
+    })
+    .await;
+    // Eight wait for one request together: at once, after 1 s, after 2 s.
+    assert!(server.count() <= 6, "{} requests", server.count());
+    // A token that the receiver refuses is not used again, although there is no other.
+    let before = server.count();
+    let given = AtomicBool::new(false);
+    server.now(move |_, _| match given.swap(true, Ordering::SeqCst) {
+        false => token(0),
+        true => status(503),
+    });
+    setup.ok(&["retry", "now", "a"]);
+    server.wait_requests(before + 2).await;
+    server.now(|_, _| token(1));
+    eventually("all are accepted", async || {
+        setup.ok(&["retry", "now", "a"]);
+        receiver.accepted().len() == 24
+    })
+    .await;
+    let refused = receiver.requests().iter().filter(|r| r.status == 401).count();
+    assert!(refused <= 8, "those that were under way: {refused}");
+    assert_silent(&setup, &daemon);
 }
 
 async fn a_token_that_expires_at_once_serves_one_attempt(queue: Queue) {
@@ -210,15 +253,15 @@ fn check_and_test_fetch_a_token() {
         assert_eq!(tested["headers"]["authorization"], "[redacted]", "{tested}");
         assert_eq!(authorization(&receiver.requests()), ["Bearer token-2"]);
         server.now(|_, _| status(401).body(r#"{"error":"invalid_client"}"#));
-        let checked = setup.run(&["check", "--connect"]);
-        let text = String::from_utf8_lossy(&checked.stdout);
-        assert!(
-            !checked.status.success() && text.contains("it answered 401, invalid_client"),
-            "{text}"
-        );
-        let tested = setup.run(&["test", "a"]);
-        let text = String::from_utf8_lossy(&tested.stdout) + String::from_utf8_lossy(&tested.stderr);
-        assert!(!tested.status.success() && text.contains("invalid_client"), "{text}");
+        for command in [&["check", "--connect"][..], &["test", "a"]] {
+            let output = setup.run(command);
+            let text =
+                String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            assert!(
+                !output.status.success() && text.contains("it answered 401, invalid_client"),
+                "{text}"
+            );
+        }
         assert_eq!(receiver.count(), 1);
     });
 }
