@@ -368,7 +368,7 @@ async fn deliveries<S: Store>(
         |d: &Delivery| accepted(d).is_some() || lacks_since(gaps, d.changed_at).is_none();
     let uncertain = found.iter().filter(|(_, found)| !found.deliveries.iter().any(is_certain));
     let uncertain: Vec<SubscriberName> = uncertain.map(|(name, _)| name.clone()).collect();
-    let times = (before(AHEAD), before(BLUR));
+    let times = (before(AHEAD + BLUR), before(BLUR));
     for (name, earlier) in begun_within(store, &uncertain, print, times, end).await? {
         // What the later ones lack decides why nothing is known.
         let later = found.entry(name).or_default();
@@ -952,6 +952,16 @@ mod tests {
         assert!(f.unknown().await.ends_with("; the subscriber is paused"));
         f.record("m2", 1001, vec![started(1), ended(1, 200), Change::Delivered]).await;
         assert_eq!(f.fate().await.name(), "delivered");
+    }
+
+    #[tokio::test]
+    async fn a_delivery_by_a_clock_that_was_a_day_behind_is_found() {
+        let f = Fixture::new().await;
+        f.store.memory().events[0].at = at(3 * 24 * 3600);
+        f.record("m1", 2 * 24 * 3600 - 4, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await.name(), "delivered");
+        f.store.memory().deliveries[0].begun_at = at(2 * 24 * 3600 - 6);
+        assert_eq!(f.fate().await.name(), "unknown", "further back none is looked for");
     }
 
     #[tokio::test]

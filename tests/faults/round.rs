@@ -157,6 +157,8 @@ impl<'w> Round<'w> {
         for _ in 0..self.rng.random_range(1..5) {
             self.bad_mood();
         }
+        // Without it there is no order to be lost.
+        self.bad_moods(&[Kind::Ordered]);
         self.began_bound = true;
         self.first_event = first_event;
         self.world.wait_remembering(0).await;

@@ -11,7 +11,7 @@ use crate::{
 
 impl Round<'_> {
     /// Faults that keep the queue from writing are inflicted while there is something to write.
-    pub(super) fn bad_moods(&mut self, kinds: &[Kind]) {
+    pub(crate) fn bad_moods(&mut self, kinds: &[Kind]) {
         for n in 0..self.world.subscribers.len() {
             if kinds.contains(&self.world.subscribers[n].kind) {
                 self.bad_mood_of(n);

@@ -12,9 +12,10 @@ use crate::{
 };
 
 /// The fields of the form, with the keys of the document whose mistakes stand beside each.
-pub(super) const FIELDS: [(&str, &str); 13] = [
+pub(super) const FIELDS: [(&str, &str); 20] = [
     ("name", "name"),
     ("url", "url"),
+    ("preset", "preset"),
     ("format", "format"),
     ("content_type", "content_type"),
     ("source", "source"),
@@ -26,6 +27,12 @@ pub(super) const FIELDS: [(&str, &str); 13] = [
     ("secret", "secrets"),
     ("description", "description"),
     ("start_paused", "start_paused"),
+    ("match", "match"),
+    ("redact", "redact"),
+    ("redact_with", "redact_with"),
+    ("rate", "http.rate"),
+    ("compression", "http.compression"),
+    ("order", "order"),
 ];
 
 /// The field with the version that a form changes.
@@ -44,13 +51,123 @@ pub(super) const AS_IT_IS: &str = "as-it-is";
 /// The keys that go with some formats.
 pub(super) const OF_FORMATS: [&str; 4] = ["content_type", "source", "sourcetype", "index"];
 
+/// The field that says that a form has those of [`more`]: of a box that is not checked it has
+/// nothing.
+pub(super) const MORE: &str = "more";
+
+/// The keys of the last fields, each with its value; null for one that was left empty. What the form
+/// cannot show is not among them.
+fn more(form: &Form) -> Vec<(&'static str, Value)> {
+    if form.get(MORE).is_empty() {
+        return Vec::new();
+    }
+    let or_null = |text: &str| if text.is_empty() { Value::Null } else { text.into() };
+    let checked = |field: &str, value: &str| match form.get(field) {
+        "on" => value.into(),
+        _ => Value::Null,
+    };
+    let all_or_null = |lines: Vec<Value>| match lines.is_empty() {
+        true => Value::Null,
+        false => Value::Array(lines),
+    };
+    let rate = form.get("rate").trim();
+    let rate = match rate.strip_prefix(OF_EVENTS) {
+        Some(events) => json!({ "events": events.trim() }),
+        None => or_null(rate),
+    };
+    let http = json!({ "rate": rate, "compression": checked("compression", "gzip") });
+    let mut keys = vec![
+        ("preset", or_null(form.get("preset"))),
+        ("redact", all_or_null(lines(form, "redact").map(Value::from).collect())),
+        ("redact_with", or_null(form.get("redact_with"))),
+        ("http", http),
+        ("order", checked("order", "strict")),
+    ];
+    if form.get("match") != AS_IT_IS {
+        keys.push(("match", conditions(form)));
+    }
+    keys
+}
+
+/// What a rate of events begins with.
+const OF_EVENTS: &str = "events ";
+
+/// What is between a place and its value.
+const IS: &str = " = ";
+
+fn lines<'f>(form: &'f Form, field: &str) -> impl Iterator<Item = &'f str> {
+    form.get(field).lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
+/// Lines such as `/actor/type = user`; of one place several are alternatives.
+fn conditions(form: &Form) -> Value {
+    let mut found = serde_json::Map::new();
+    for line in lines(form, "match") {
+        let whole = line.split_once(IS).map(|(place, value)| (place, value.trim_start()));
+        let empty = || line.strip_suffix(IS.trim_end()).map(|place| (place, ""));
+        // Without a value there is none to compare with, which is a mistake.
+        let (place, value) = match whole.or_else(empty) {
+            Some((place, value)) => (place, Some(value)),
+            None => (line, None),
+        };
+        let values = found.entry(place.trim_end()).or_insert_with(|| json!([]));
+        if let Some(values) = values.as_array_mut() {
+            values.extend(value.map(Value::from));
+        }
+    }
+    if found.is_empty() { Value::Null } else { Value::Object(found) }
+}
+
+/// The lines that show conditions; [`AS_IT_IS`] if lines cannot.
+fn shown(given: Option<&Value>) -> String {
+    let text_of = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let places = given.and_then(Value::as_object).into_iter().flatten();
+    let texts = |(place, values): (&String, &Value)| -> (String, Vec<String>) {
+        (place.clone(), values.as_array().into_iter().flatten().map(text_of).collect())
+    };
+    let all: Vec<(String, Vec<String>)> = places.map(texts).collect();
+    let each = |(place, values): &(String, Vec<String>)| {
+        values.iter().map(|value| format!("{place}{IS}{value}")).collect::<Vec<_>>()
+    };
+    let text = all.iter().flat_map(each).collect::<Vec<_>>().join("\n");
+    let again = conditions(&Form::default().with("match", text.clone()));
+    let same = all.iter().all(|(place, values)| again.get(place) == Some(&json!(values)));
+    if same && again.as_object().map_or(0, serde_json::Map::len) == all.len() {
+        text
+    } else {
+        AS_IT_IS.to_owned()
+    }
+}
+
+/// The format that was chosen. JSON is what the form begins with: it says nothing where a receiver
+/// was chosen, which brings its own.
+fn format(form: &Form) -> &str {
+    let chosen = form.get("format").trim();
+    if chosen == "json" && !form.get("preset").is_empty() { "" } else { chosen }
+}
+
 /// The document of a new webhook.
 pub(super) fn document(form: &Form) -> Document {
     let mut document = Document::default();
-    for key in ["name", "url", "format", "description"].into_iter().chain(OF_FORMATS) {
+    for key in ["name", "url", "description"].into_iter().chain(OF_FORMATS) {
         let typed = form.get(key).trim();
         if !typed.is_empty() {
             document.set(key, typed.into());
+        }
+    }
+    if !format(form).is_empty() {
+        document.set("format", format(form).into());
+    }
+    for (key, value) in more(form) {
+        let value = match value {
+            Value::Object(mut keys) if key == "http" => {
+                keys.retain(|_, value| !value.is_null());
+                if keys.is_empty() { Value::Null } else { Value::Object(keys) }
+            }
+            other => other,
+        };
+        if !value.is_null() {
+            document.set(key, value);
         }
     }
     // As it was typed: bytes decide.
@@ -83,7 +200,10 @@ pub(super) fn patch(form: &Form) -> Document {
     patch.set("url", form.get("url").trim().into());
     patch.set("description", or_null(form.get("description").trim()));
     if form.get("format") != AS_IT_IS {
-        patch.set("format", or_null(form.get("format")));
+        patch.set("format", or_null(format(form)));
+    }
+    for (key, value) in more(form) {
+        patch.set(key, value);
     }
     // A form that was opened before there were these fields has none of them.
     for (key, typed) in form.fields().filter(|(key, _)| OF_FORMATS.contains(key)) {
@@ -126,6 +246,27 @@ pub(super) fn filled(document: &Value, version: &str) -> Form {
     };
     let of_formats = OF_FORMATS.into_iter();
     let form = of_formats.fold(Form::default(), |form, key| form.with(key, text(key)));
+    let redact = document.get("redact").and_then(Value::as_array).into_iter().flatten();
+    let redact: Vec<&str> = redact.filter_map(Value::as_str).collect();
+    let http = |key: &str| document.get("http").and_then(|http| http.get(key));
+    let rate = match http("rate") {
+        Some(Value::String(rate)) => rate.clone(),
+        Some(rate) => {
+            let events = rate.get("events").and_then(Value::as_str).unwrap_or_default();
+            format!("{OF_EVENTS}{events}")
+        }
+        None => String::new(),
+    };
+    let on = |is_on: bool| if is_on { "on" } else { "" }.to_owned();
+    let form = form
+        .with(MORE, "1".to_owned())
+        .with("preset", text("preset"))
+        .with("match", shown(document.get("match")))
+        .with("redact", redact.join("\n"))
+        .with("redact_with", text("redact_with"))
+        .with("rate", rate)
+        .with("compression", on(http("compression").is_some_and(|value| value == "gzip")))
+        .with("order", on(document.get("order").is_some()));
     form.with("url", text("url"))
         .with("format", format.to_owned())
         .with("events", events.join("\n"))
@@ -145,7 +286,8 @@ pub(super) fn of_form(mut refusal: Refusal) -> Refusal {
             Some(at) => wrong.field.split_at(at),
             None => (wrong.field.as_str(), ""),
         };
-        let Some((field, _)) = FIELDS.iter().find(|(_, of)| *of == key) else { continue };
+        let of = |key: &str| FIELDS.iter().find(|(_, of)| *of == key);
+        let Some((field, _)) = of(&wrong.field).or_else(|| of(key)) else { continue };
         let index = rest.strip_prefix('[').and_then(|rest| rest.split_once(']'));
         let nth = index.and_then(|(n, _)| n.parse::<usize>().ok()).filter(|_| key == "events");
         if let Some(nth) = nth {

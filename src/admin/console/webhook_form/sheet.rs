@@ -1,26 +1,29 @@
 //! The page with the form, and beside it the test.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeSet};
 
 use axum::{http::StatusCode, response::Response};
 use maud::{Markup, html};
 
 use super::{
     NEW,
-    document::{AS_IT_IS, FIELDS, OF_FORMATS, SIGNATURES, VERSION, of_form},
+    document::{AS_IT_IS, FIELDS, MORE, OF_FORMATS, SIGNATURES, VERSION, of_form},
     preview::Preview,
 };
-use crate::admin::{
-    answer::Refusal,
-    console::{
-        actions::{self, report},
-        form::Form,
-        notices::{draft_field, not_sent},
-        page::{Mistakes, Page, Place, form_key, path_to, text},
-        session::Session,
-        sign_in::without_userinfo,
+use crate::{
+    admin::{
+        answer::Refusal,
+        console::{
+            actions::{self, report},
+            form::Form,
+            notices::{draft_field, not_sent},
+            page::{Mistakes, Page, Place, form_key, path_to, text},
+            session::Session,
+            sign_in::without_userinfo,
+        },
+        view::{FieldError, ProblemKind, Tested},
     },
-    view::{FieldError, ProblemKind, Tested},
+    config::model::Model,
 };
 
 /// The formats, and what a body is in each; the first is the default.
@@ -110,6 +113,7 @@ fn problem(refusal: &Refusal, name: Option<&str>) -> Markup {
         FIELDS.iter().any(|(field, _)| *field == e.field) && (name.is_none() || e.field != "name")
     };
     let (here, others): (Vec<_>, Vec<_>) = refusal.fields.iter().partition(is_of_form);
+    let here: BTreeSet<&str> = here.iter().map(|e| e.field.as_str()).collect();
     html! {
         div.note.bad role="alert" {
             @match (refusal.kind, name) {
@@ -140,6 +144,15 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
         }
         @let url = without_userinfo(form.get("url"));
         (line(&url, mistakes, "url", "URL", "https://example.com/hooks", if matches!(url, Cow::Owned(_)) { "Its name and password are not shown: type them again, before the host." } else { "Each batch is POSTed there." }))
+        div.field {
+            label for="preset" { "Receiver" }
+            select id="preset" name="preset" aria-invalid=[mistakes.is_wrong("preset")] aria-describedby=[mistakes.described_by("preset")] {
+                option value="" { "Any other" }
+                @for model in Model::ALL { option value=(model.name) selected[chosen("preset", model.name)] { (model.title) } }
+            }
+            span.hint { "A known one brings its format, its limits and how it is signed." }
+            (mistakes.beside("preset"))
+        }
         div.field {
             label for="format" { "Payload format" }
             select id="format" name="format" aria-invalid=[mistakes.is_wrong("format")] aria-describedby=[mistakes.described_by("format")] {
@@ -175,6 +188,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>, tenants: boo
             span.hint { @if is_new { "Empty: one is made, and shown once." } @else { "Empty: the secret in use stays. One that is typed replaces it at once; " a href=(actions::path(name.unwrap_or_default(), "secret")) { "New secret" } " lets both sign for a while." } }
             (mistakes.beside("secret"))
         }
+        (more(form, mistakes))
         (line(form.get("description"), mistakes, "description", "Description", "", ""))
         @if is_new {
             div.check {
@@ -197,6 +211,48 @@ fn of_formats(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
             (one("source", "Source", "/audit", "Of CloudEvents, which need one: a URI of what the events come from. Of Splunk HEC: any text, or none."))
             (one("sourcetype", "Source type", "audit", "Of Splunk HEC."))
             (one("index", "Index", "main", "Of Splunk HEC."))
+        }
+    }
+}
+
+/// What most webhooks do without.
+fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
+    const ALL: [&str; 6] = ["match", "redact", "redact_with", "rate", "compression", "order"];
+    let is_wanted = |field: &str| !form.get(field).is_empty() || mistakes.is_wrong(field).is_some();
+    let check = |field: &str, what: &str| {
+        html! {
+            div.check {
+                input id=(field) name=(field) type="checkbox" checked[form.get(field) == "on"] aria-invalid=[mistakes.is_wrong(field)] aria-describedby=[mistakes.described_by(field)];
+                label for=(field) { (what) }
+            }
+            (mistakes.beside(field))
+        }
+    };
+    let area = |field: &str, label: &str, example: &str, hint: &str| {
+        html! {
+            div.field {
+                label for=(field) { (label) }
+                textarea id=(field) name=(field) rows="2" spellcheck="false" placeholder=(example) aria-invalid=[mistakes.is_wrong(field)] aria-describedby=[mistakes.described_by(field)] { "\n" (form.get(field)) }
+                span.hint { (hint) }
+                (mistakes.beside(field))
+            }
+        }
+    };
+    html! {
+        details.field open[ALL.into_iter().any(is_wanted)] {
+            summary { "Values, pace and order" }
+            input type="hidden" name=(MORE) value="1";
+            @if form.get("match") == AS_IT_IS {
+                input type="hidden" name="match" value=(AS_IT_IS);
+                p.hint { "It has conditions that this form cannot show. They stay." }
+            } @else {
+                (area("match", "Only events with", "/actor/type = user", "A place in the event and its value, one a line (JSON Pointer). Several lines for one place are alternatives; all places must hold."))
+            }
+            (area("redact", "Hide", "/actor/email", "Places in the event whose values it does not see, one a line; * is any name or index of one level."))
+            (line(form.get("redact_with"), mistakes, "redact_with", "What stands for them", "[FILTERED]", ""))
+            (line(form.get("rate"), mistakes, "rate", "At most", "50/s", "Requests a second, or a minute: 30/m. Of events: events 10000/s. Empty: as fast as it goes."))
+            (check("compression", "Requests are compressed (gzip)"))
+            (check("order", "Strict order: no event arrives before an older one has; one that fails holds those behind it"))
         }
     }
 }
