@@ -27,7 +27,7 @@ pub(super) const FIELDS: [(&str, &str); 20] = [
     ("secret", "secrets"),
     ("description", "description"),
     ("start_paused", "start_paused"),
-    ("match", "match"),
+    ("conditions", "match"),
     ("redact", "redact"),
     ("redact_with", "redact_with"),
     ("rate", "http.rate"),
@@ -83,7 +83,7 @@ fn more(form: &Form) -> Vec<(&'static str, Value)> {
         ("http", http),
         ("order", checked("order", "strict")),
     ];
-    if form.get("match") != AS_IT_IS {
+    if form.get("conditions") != AS_IT_IS {
         keys.push(("match", conditions(form)));
     }
     keys
@@ -102,7 +102,7 @@ fn lines<'f>(form: &'f Form, field: &str) -> impl Iterator<Item = &'f str> {
 /// Lines such as `/actor/type = user`; of one place several are alternatives.
 fn conditions(form: &Form) -> Value {
     let mut found = serde_json::Map::new();
-    for line in lines(form, "match") {
+    for line in lines(form, "conditions") {
         let whole = line.split_once(IS).map(|(place, value)| (place, value.trim_start()));
         let empty = || line.strip_suffix(IS.trim_end()).map(|place| (place, ""));
         // Without a value there is none to compare with, which is a mistake.
@@ -130,7 +130,7 @@ fn shown(given: Option<&Value>) -> String {
         values.iter().map(|value| format!("{place}{IS}{value}")).collect::<Vec<_>>()
     };
     let text = all.iter().flat_map(each).collect::<Vec<_>>().join("\n");
-    let again = conditions(&Form::default().with("match", text.clone()));
+    let again = conditions(&Form::default().with("conditions", text.clone()));
     let same = all.iter().all(|(place, values)| again.get(place) == Some(&json!(values)));
     if same && again.as_object().map_or(0, serde_json::Map::len) == all.len() {
         text
@@ -261,7 +261,7 @@ pub(super) fn filled(document: &Value, version: &str) -> Form {
     let form = form
         .with(MORE, "1".to_owned())
         .with("preset", text("preset"))
-        .with("match", shown(document.get("match")))
+        .with("conditions", shown(document.get("match")))
         .with("redact", redact.join("\n"))
         .with("redact_with", text("redact_with"))
         .with("rate", rate)

@@ -217,7 +217,7 @@ fn of_formats(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
 
 /// What most webhooks do without.
 fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
-    const ALL: [&str; 6] = ["match", "redact", "redact_with", "rate", "compression", "order"];
+    const ALL: [&str; 6] = ["conditions", "redact", "redact_with", "rate", "compression", "order"];
     let is_wanted = |field: &str| !form.get(field).is_empty() || mistakes.is_wrong(field).is_some();
     let check = |field: &str, what: &str| {
         html! {
@@ -242,11 +242,11 @@ fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
         details.field open[ALL.into_iter().any(is_wanted)] {
             summary { "Values, pace and order" }
             input type="hidden" name=(MORE) value="1";
-            @if form.get("match") == AS_IT_IS {
-                input type="hidden" name="match" value=(AS_IT_IS);
+            @if form.get("conditions") == AS_IT_IS {
+                input type="hidden" name="conditions" value=(AS_IT_IS);
                 p.hint { "It has conditions that this form cannot show. They stay." }
             } @else {
-                (area("match", "Only events with", "/actor/type = user", "A place in the event and its value, one a line (JSON Pointer). Several lines for one place are alternatives; all places must hold."))
+                (area("conditions", "Only events with", "/actor/type = user", "A place in the event and its value, one a line (JSON Pointer). Several lines for one place are alternatives; all places must hold."))
             }
             (area("redact", "Hide", "/actor/email", "Places in the event whose values it does not see, one a line; * is any name or index of one level."))
             (line(form.get("redact_with"), mistakes, "redact_with", "What stands for them", "[FILTERED]", ""))

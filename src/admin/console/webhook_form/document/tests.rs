@@ -34,7 +34,8 @@ fn values_pace_and_order_come_back_as_they_were_and_can_be_taken_out() {
     let again = unchanged(plain);
     assert_eq!(again.get("match"), Some(&json!({ "/actor/type": ["user", "true", "7"] })));
     assert_eq!(again.get("http"), Some(&json!({ "rate": null, "compression": null })));
-    let emptied = filled(&document, "1").with("match", String::new()).with("redact", String::new());
+    let emptied =
+        filled(&document, "1").with("conditions", String::new()).with("redact", String::new());
     let emptied = patch(&emptied.with("order", String::new()));
     for key in ["match", "redact", "order"] {
         assert_eq!(emptied.get(key), Some(&Value::Null), "{key}");
@@ -55,7 +56,7 @@ fn a_new_webhook_has_what_was_typed_and_the_format_of_its_receiver() {
         ("format", "json"),
         ("more", "1"),
         ("rate", ""),
-        ("match", " \r\n"),
+        ("conditions", " \r\n"),
     ]);
     assert_eq!(made, typed(&[("name", "a"), ("format", "json")]), "nothing of what was left empty");
     let made = typed(&[
@@ -64,7 +65,7 @@ fn a_new_webhook_has_what_was_typed_and_the_format_of_its_receiver() {
         ("more", "1"),
         ("preset", "elastic"),
         ("rate", "events  5/s"),
-        ("match", "/a = 1\r\n/a = 2\r\n/b = \r\n/c"),
+        ("conditions", "/a = 1\r\n/a = 2\r\n/b = \r\n/c"),
     ]);
     assert_eq!((made.get("format"), made.get("preset")), (None, Some(&json!("elastic"))));
     assert_eq!(made.get("http"), Some(&json!({ "rate": { "events": "5/s" } })));
