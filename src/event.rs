@@ -16,6 +16,7 @@ mod pattern;
 pub mod payload;
 mod pointer;
 pub mod redaction;
+mod scan;
 mod tenant;
 
 pub use self::{

@@ -32,6 +32,6 @@ pub struct Pause {
     /// The reason, for operators.
     pub why: String,
     pub since: SystemTime,
-    /// `receiver`, `retry.on_exhausted`, `operator` or `configuration`.
+    /// `receiver`, `retry.on_exhausted`, `order`, `operator` or `configuration`.
     pub by: String,
 }

@@ -54,8 +54,10 @@ pub async fn inspect(subscribers: &[Arc<Subscriber>], within: Duration) -> Vec<F
             timeout_at(deadline, endpoint.way(roots)),
             timeout_at(deadline, endpoint.token(roots)),
         );
-        let mut findings = way.unwrap_or_else(|_| vec![endpoint.late(within)]);
-        findings.extend(token.unwrap_or_else(|_| Some(endpoint.late(within))));
+        let is_late = way.is_err() || token.is_err();
+        let mut findings = way.unwrap_or_default();
+        findings.extend(token.ok().flatten());
+        findings.extend(is_late.then(|| endpoint.late(within)));
         findings
     });
     stream::iter(inspections).buffered(MAX_CONCURRENT).flat_map(stream::iter).collect().await

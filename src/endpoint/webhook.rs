@@ -277,7 +277,8 @@ impl Webhook {
             Ok(token) => token,
             Err(why) => return Sent::nothing(why.into()),
         };
-        let sent = self.signed(request, Some(&token), now).await;
+        // It may have taken a while.
+        let sent = self.signed(request, Some(&token), clock::instant()).await;
         if !sent.result.as_ref().is_ok_and(|answer| answer.status == UNAUTHORIZED) {
             return sent;
         }

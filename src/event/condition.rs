@@ -35,7 +35,7 @@ impl Conditions {
 
 impl Condition {
     fn holds(&self, event: &str) -> bool {
-        let Some(json) = self.place.find(event) else { return false };
+        let Some(json) = self.place.find_checked(event) else { return false };
         match string(json) {
             Some(Ok(text)) => self.values.iter().any(|value| *value == *text),
             // Half of a surrogate pair is no text.

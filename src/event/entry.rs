@@ -8,14 +8,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serde::de::Deserializer as _;
 use serde_json::value::RawValue;
 
 use super::{
     details::{Details, Party},
-    fields::HeadFields,
     key::string,
     payload::Format,
+    scan::{Part, Parts},
 };
 use crate::clock;
 
@@ -139,8 +138,8 @@ fn splunk_hec(metadata: &Metadata, event: &[u8]) -> Vec<u8> {
     let Metadata { source, sourcetype, index } = metadata;
     let (_, timestamp) = head(event);
     let mut object = Object::with_room_for(event);
-    if let Some(time) = timestamp.filter(|time| seconds(time.get()).is_some()) {
-        object.add("time", time.get());
+    if let Some(time) = timestamp.filter(|time| seconds(time).is_some()) {
+        object.add("time", time);
     }
     for (name, text) in [("source", source), ("sourcetype", sourcetype), ("index", index)] {
         if let Some(text) = text {
@@ -156,14 +155,14 @@ fn cloud_event(
     message_id: Option<&str>,
 ) -> Result<Entry, &'static str> {
     let (event_type, timestamp) = head(event);
-    let event_type = event_type.map_or("\"\"", RawValue::get);
+    let event_type = event_type.unwrap_or("\"\"");
     if event_type == "\"\"" {
         return Err("the event's field `event` is empty, and the `type` of a CloudEvent is not");
     }
     let mut rest = Object::with_room_for(event);
     rest.add_text("source", metadata.source.as_deref().unwrap_or_default());
     rest.add("type", event_type);
-    if let Some(time) = timestamp.and_then(|time| seconds(time.get())) {
+    if let Some(time) = timestamp.and_then(seconds) {
         rest.add_text("time", &rfc3339(time));
     }
     let mut rest = rest.end("data", event);
@@ -212,10 +211,18 @@ fn json_text(text: &str) -> String {
 }
 
 /// The last fields `event` and `timestamp` as they are written.
-fn head(event: &[u8]) -> (Option<&RawValue>, Option<&RawValue>) {
-    let Ok(text) = std::str::from_utf8(event) else { return (None, None) };
-    let mut json = serde_json::Deserializer::from_str(text);
-    json.deserialize_map(HeadFields).unwrap_or_default()
+fn head(event: &[u8]) -> (Option<&str>, Option<&str>) {
+    let (mut event_type, mut timestamp) = (None, None);
+    let parts = std::str::from_utf8(event).ok().and_then(Parts::of);
+    for part in parts.into_iter().flatten() {
+        match part {
+            Ok(Part { key: Some(key), value }) if key.is("event") => event_type = Some(value),
+            Ok(Part { key: Some(key), value }) if key.is("timestamp") => timestamp = Some(value),
+            Ok(_) => {}
+            Err(_) => return (None, None),
+        }
+    }
+    (event_type, timestamp)
 }
 
 /// A number of Unix seconds that can be meant as one.
@@ -233,7 +240,7 @@ fn rfc3339(seconds: f64) -> String {
 /// The line about an event, as the inside of a JSON string: who, what, on what, when.
 fn line(event: &[u8]) -> Vec<u8> {
     let Details { timestamp, actor, resource, description } = Details::of(event);
-    let event_type = head(event).0.and_then(|raw| string(raw.get())?.ok());
+    let event_type = head(event).0.and_then(|json| string(json)?.ok());
     let name = |party: &Party| party.name.clone().or_else(|| party.id.clone());
     let mut line = name(&actor).map_or_else(String::new, |actor| format!("{actor}: "));
     let mut what = [description.map(Cow::Owned), event_type].into_iter().flatten();

@@ -7,12 +7,22 @@ use serde_json::value::RawValue;
 /// A key as written in an object. A key with half of a surrogate pair is valid JSON too (RFC 8259,
 /// section 8.2), though not every parser reads it.
 #[derive(Debug)]
-pub struct Key<'e>(&'e RawValue);
+pub struct Key<'e>(&'e str);
 
-impl Key<'_> {
+impl<'e> Key<'e> {
+    /// `None` if it is no text in quotes.
+    pub(super) fn written(json: &'e str) -> Option<Self> {
+        (json.len() > 1 && json.starts_with('"')).then_some(Self(json))
+    }
+
+    #[cfg(test)]
+    pub(super) fn as_written(&self) -> &'e str {
+        self.0
+    }
+
     /// Whether it is this key; it may be written with escapes.
     pub fn is(&self, name: &str) -> bool {
-        let text = self.0.get();
+        let text = self.0;
         if text.contains('\\') {
             return serde_json::from_str::<Cow<'_, str>>(text).is_ok_and(|key| key == name);
         }
@@ -22,7 +32,7 @@ impl Key<'_> {
 
 impl<'de: 'e, 'e> serde::Deserialize<'de> for Key<'e> {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        <&RawValue>::deserialize(d).map(Self)
+        <&RawValue>::deserialize(d).map(|raw| Self(raw.get()))
     }
 }
 

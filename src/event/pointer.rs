@@ -5,7 +5,10 @@ use std::fmt;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::key::Key;
+use super::{
+    key::Key,
+    scan::{Part, Parts},
+};
 
 /// A place in a JSON document, such as `/actor/id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +56,23 @@ impl Pointer {
             let mut parser = serde_json::Deserializer::from_str(json);
             let found = parser.deserialize_any(Step(step)).ok()?;
             found.map(RawValue::get)
+        })
+    }
+}
+
+impl Pointer {
+    /// As [`find`](Self::find), in a document that was checked.
+    pub(super) fn find_checked<'e>(&self, document: &'e str) -> Option<&'e str> {
+        self.steps.iter().try_fold(document, |json, step| {
+            let (step, mut found) = (Step(step), None);
+            let index = step.index();
+            for (n, part) in Parts::of(json)?.enumerate() {
+                let Part { key, value } = part.ok()?;
+                if key.map_or(Some(n) == index, |key| key.is(step.0)) {
+                    found = Some(value);
+                }
+            }
+            found
         })
     }
 }

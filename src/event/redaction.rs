@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use serde::de::{Deserializer as _, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
-
-use super::{key::Key, pointer::Pointer};
+use super::{
+    key::Key,
+    pointer::Pointer,
+    scan::{Malformed, Part, Parts},
+};
 use crate::crypto::signature::TokenKey;
 
 /// The keys `redact` and `redact_with` of a subscriber. Nothing is redacted without places.
@@ -114,35 +115,37 @@ impl Redaction {
         format!("{}\0{with}", places.join("\0"))
     }
 
-    /// The event without these values; `None` if it has none of them. All other bytes are as they
-    /// were.
+    /// The event, which was checked, without these values; `None` if it has none of them. All other
+    /// bytes are as they were.
     ///
     /// # Errors
     /// The event cannot be read, and is not to be sent.
-    pub fn apply(&self, event: &str) -> Result<Option<String>, serde_json::Error> {
+    pub fn apply(&self, event: &str) -> Result<Option<String>, Malformed> {
         let steps: Vec<&[Step]> = self.places.iter().map(|place| &place.steps[..]).collect();
         let mut hits = Vec::new();
         find(event, event, &steps, &mut hits)?;
         if hits.is_empty() {
             return Ok(None);
         }
-        let mut redacted = String::with_capacity(event.len());
+        let text = match &self.with {
+            With::Text(text) => serde_json::Value::from(text.as_str()).to_string(),
+            With::Hmac(_) => String::new(),
+        };
+        let mut redacted = String::with_capacity(event.len() + hits.len() * text.len().max(34));
         let mut from = 0;
         for Range { start, end } in hits {
             redacted.push_str(&event[from..start]);
-            redacted.push_str(&self.stand_in(&event[start..end]));
+            match &self.with {
+                With::Text(_) => redacted.push_str(&text),
+                With::Hmac(key) => {
+                    let token = key.token(event[start..end].as_bytes());
+                    redacted.extend(["\"", &token, "\""]);
+                }
+            }
             from = end;
         }
         redacted.push_str(&event[from..]);
         Ok(Some(redacted))
-    }
-
-    /// The JSON that stands for a value.
-    fn stand_in(&self, value: &str) -> String {
-        match &self.with {
-            With::Text(text) => serde_json::Value::from(text.as_str()).to_string(),
-            With::Hmac(key) => format!("\"{}\"", key.token(value.as_bytes())),
-        }
     }
 }
 
@@ -153,66 +156,24 @@ fn find(
     json: &str,
     steps: &[&[Step]],
     hits: &mut Vec<Range<usize>>,
-) -> Result<(), serde_json::Error> {
-    let mut parser = serde_json::Deserializer::from_str(json);
-    for (value, rest) in parser.deserialize_any(Inner(steps))? {
-        let value = value.get();
+) -> Result<(), Malformed> {
+    for (index, part) in Parts::of(json).into_iter().flatten().enumerate() {
+        let Part { key, value } = part?;
+        let leads = |step: &Step| match &key {
+            Some(key) => step.is_name(key),
+            None => step.is_index(index),
+        };
+        let after = |steps: &&[Step]| matches!(steps, [step, ..] if leads(step));
+        let rest: Vec<&[Step]> =
+            steps.iter().copied().filter(after).map(|steps| &steps[1..]).collect();
         if rest.iter().any(|steps| steps.is_empty()) {
             let start = value.as_ptr().addr() - event.as_ptr().addr();
             hits.push(start..start + value.len());
-        } else if value.starts_with(['{', '[']) {
+        } else if !rest.is_empty() {
             find(event, value, &rest, hits)?;
         }
     }
     Ok(())
-}
-
-/// The values in an object or an array to which a step leads, each with the steps that are left.
-struct Inner<'s>(&'s [&'s [Step]]);
-
-type Found<'de, 's> = Vec<(&'de RawValue, Vec<&'s [Step]>)>;
-
-impl<'s> Inner<'s> {
-    /// The steps that are left behind those that are `first`.
-    fn rest(&self, first: impl Fn(&Step) -> bool) -> Vec<&'s [Step]> {
-        let after = |steps: &&'s [Step]| match steps {
-            [step, rest @ ..] if first(step) => Some(rest),
-            _ => None,
-        };
-        self.0.iter().filter_map(after).collect()
-    }
-}
-
-impl<'de, 's> Visitor<'de> for Inner<'s> {
-    type Value = Found<'de, 's>;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("an object or an array")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut found = Vec::new();
-        while let Some(key) = map.next_key::<Key<'_>>()? {
-            let rest = self.rest(|step| step.is_name(&key));
-            let value = map.next_value()?;
-            if !rest.is_empty() {
-                found.push((value, rest));
-            }
-        }
-        Ok(found)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        let (mut found, mut index) = (Vec::new(), 0);
-        while let Some(value) = seq.next_element()? {
-            let rest = self.rest(|step| step.is_index(index));
-            if !rest.is_empty() {
-                found.push((value, rest));
-            }
-            index += 1;
-        }
-        Ok(found)
-    }
 }
 
 #[cfg(test)]

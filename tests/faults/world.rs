@@ -664,7 +664,10 @@ impl Publish {
                 let over_http_now = turn.is_multiple_of(3) || matches!(self.way, Way::Http);
                 let fates = if !self.ports.is_empty() && over_http_now {
                     let port = self.ports[turn / 3 % self.ports.len()];
-                    self.ledger.lock().expect("not poisoned").past_the_broker.extend(&group);
+                    if matches!(self.way, Way::Amqp { .. }) {
+                        let mut ledger = self.ledger.lock().expect("not poisoned");
+                        ledger.past_the_broker.extend(&group);
+                    }
                     over_http(&client, port, &group).await
                 } else {
                     self.directly(&group).await

@@ -535,7 +535,10 @@ impl queue::Source for Source {
                 }
                 // Who takes nothing stands in nobody's way.
                 self.shared.share.took(0);
-                self.woken().await;
+                // What wakes it may fail: query again every few seconds.
+                if tokio::time::timeout(QUERY_INTERVAL, self.woken()).await.is_err() {
+                    self.shared.look_at_retries();
+                }
                 continue;
             }
             let pulled = self.pull(max, into);

@@ -62,10 +62,7 @@ fn more(form: &Form) -> Vec<(&'static str, Value)> {
         return Vec::new();
     }
     let or_null = |text: &str| if text.is_empty() { Value::Null } else { text.into() };
-    let checked = |field: &str, value: &str| match form.get(field) {
-        "on" => value.into(),
-        _ => Value::Null,
-    };
+    let order = if form.get("order") == "on" { "strict".into() } else { Value::Null };
     let all_or_null = |lines: Vec<Value>| match lines.is_empty() {
         true => Value::Null,
         false => Value::Array(lines),
@@ -75,13 +72,13 @@ fn more(form: &Form) -> Vec<(&'static str, Value)> {
         Some(events) => json!({ "events": events.trim() }),
         None => or_null(rate),
     };
-    let http = json!({ "rate": rate, "compression": checked("compression", "gzip") });
+    let http = json!({ "rate": rate, "compression": or_null(form.get("compression")) });
     let mut keys = vec![
         ("preset", or_null(form.get("preset"))),
         ("redact", all_or_null(lines(form, "redact").map(Value::from).collect())),
         ("redact_with", or_null(form.get("redact_with"))),
         ("http", http),
-        ("order", checked("order", "strict")),
+        ("order", order),
     ];
     if form.get("conditions") != AS_IT_IS {
         keys.push(("match", conditions(form)));
@@ -139,11 +136,18 @@ fn shown(given: Option<&Value>) -> String {
     }
 }
 
-/// The format that was chosen. JSON is what the form begins with: it says nothing where a receiver
-/// was chosen, which brings its own.
+/// The field with the receiver that the form was shown with.
+pub(super) const PRESET_SHOWN: &str = "preset_shown";
+
+/// Whether another receiver was chosen: it brings its own in place of what the form began with.
+fn brings_its_own(form: &Form) -> bool {
+    let chosen = form.get("preset");
+    !chosen.is_empty() && chosen != form.get(PRESET_SHOWN)
+}
+
 fn format(form: &Form) -> &str {
     let chosen = form.get("format").trim();
-    if chosen == "json" && !form.get("preset").is_empty() { "" } else { chosen }
+    if chosen == "json" && brings_its_own(form) { "" } else { chosen }
 }
 
 /// The document of a new webhook.
@@ -211,8 +215,12 @@ pub(super) fn patch(form: &Form) -> Document {
     }
     let patterns = patterns(form);
     patch.set("events", if patterns.is_empty() { Value::Null } else { patterns.into() });
-    if let Some(schemes) = signatures(form) {
-        patch.set("signatures", json!(schemes));
+    match signatures(form) {
+        Some([scheme]) if *scheme == SIGNATURES[0].0 && brings_its_own(form) => {
+            patch.set("signatures", Value::Null);
+        }
+        Some(schemes) => patch.set("signatures", json!(schemes)),
+        None => {}
     }
     if !form.get("secret").trim().is_empty() {
         patch.set("secrets", json!([form.get("secret").trim()]));
@@ -257,16 +265,19 @@ pub(super) fn filled(document: &Value, version: &str) -> Form {
         }
         None => String::new(),
     };
-    let on = |is_on: bool| if is_on { "on" } else { "" }.to_owned();
     let form = form
         .with(MORE, "1".to_owned())
         .with("preset", text("preset"))
+        .with(PRESET_SHOWN, text("preset"))
         .with("conditions", shown(document.get("match")))
         .with("redact", redact.join("\n"))
         .with("redact_with", text("redact_with"))
         .with("rate", rate)
-        .with("compression", on(http("compression").is_some_and(|value| value == "gzip")))
-        .with("order", on(document.get("order").is_some()));
+        .with(
+            "compression",
+            http("compression").and_then(Value::as_str).unwrap_or_default().to_owned(),
+        )
+        .with("order", document.get("order").map_or("", |_| "on").to_owned());
     form.with("url", text("url"))
         .with("format", format.to_owned())
         .with("events", events.join("\n"))

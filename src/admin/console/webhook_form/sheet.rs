@@ -7,7 +7,7 @@ use maud::{Markup, html};
 
 use super::{
     NEW,
-    document::{AS_IT_IS, FIELDS, MORE, OF_FORMATS, SIGNATURES, VERSION, of_form},
+    document::{AS_IT_IS, FIELDS, MORE, OF_FORMATS, PRESET_SHOWN, SIGNATURES, VERSION, of_form},
     preview::Preview,
 };
 use crate::{
@@ -219,15 +219,6 @@ fn of_formats(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
 fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
     const ALL: [&str; 6] = ["conditions", "redact", "redact_with", "rate", "compression", "order"];
     let is_wanted = |field: &str| !form.get(field).is_empty() || mistakes.is_wrong(field).is_some();
-    let check = |field: &str, what: &str| {
-        html! {
-            div.check {
-                input id=(field) name=(field) type="checkbox" checked[form.get(field) == "on"] aria-invalid=[mistakes.is_wrong(field)] aria-describedby=[mistakes.described_by(field)];
-                label for=(field) { (what) }
-            }
-            (mistakes.beside(field))
-        }
-    };
     let area = |field: &str, label: &str, example: &str, hint: &str| {
         html! {
             div.field {
@@ -242,6 +233,7 @@ fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
         details.field open[ALL.into_iter().any(is_wanted)] {
             summary { "Values, pace and order" }
             input type="hidden" name=(MORE) value="1";
+            input type="hidden" name=(PRESET_SHOWN) value=(form.get(PRESET_SHOWN));
             @if form.get("conditions") == AS_IT_IS {
                 input type="hidden" name="conditions" value=(AS_IT_IS);
                 p.hint { "It has conditions that this form cannot show. They stay." }
@@ -250,9 +242,21 @@ fn more(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
             }
             (area("redact", "Hide", "/actor/email", "Places in the event whose values it does not see, one a line; * is any name or index of one level."))
             (line(form.get("redact_with"), mistakes, "redact_with", "What stands for them", "[FILTERED]", ""))
-            (line(form.get("rate"), mistakes, "rate", "At most", "50/s", "Requests a second, or a minute: 30/m. Of events: events 10000/s. Empty: as fast as it goes."))
-            (check("compression", "Requests are compressed (gzip)"))
-            (check("order", "Strict order: no event arrives before an older one has; one that fails holds those behind it"))
+            (line(form.get("rate"), mistakes, "rate", "At most", "50/s", "Requests a second, or a minute: 30/m. Of events: events 10000/s. Empty: as fast as it goes, or as its receiver takes them."))
+            div.field {
+                label for="compression" { "Compression of requests" }
+                select id="compression" name="compression" aria-invalid=[mistakes.is_wrong("compression")] aria-describedby=[mistakes.described_by("compression")] {
+                    @for (value, what) in [("", "As its receiver takes them"), ("none", "None"), ("gzip", "gzip")] {
+                        option value=(value) selected[form.get("compression") == value] { (what) }
+                    }
+                }
+                (mistakes.beside("compression"))
+            }
+            div.check {
+                input id="order" name="order" type="checkbox" checked[form.get("order") == "on"] aria-invalid=[mistakes.is_wrong("order")] aria-describedby=[mistakes.described_by("order")];
+                label for="order" { "Strict order: no event arrives before an older one has; one that fails holds those behind it" }
+            }
+            (mistakes.beside("order"))
         }
     }
 }

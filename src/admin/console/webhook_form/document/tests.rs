@@ -46,6 +46,23 @@ fn values_pace_and_order_come_back_as_they_were_and_can_be_taken_out() {
 }
 
 #[test]
+fn a_receiver_that_is_chosen_later_brings_its_format_and_signature_and_one_that_stays_changes_nothing()
+ {
+    let plain = filled(&json!({ "url": "https://a.example/" }), "1");
+    let patched = patch(&plain.with("preset", "elastic".to_owned()));
+    for key in ["format", "signatures"] {
+        assert_eq!(patched.get(key), Some(&Value::Null), "{key}");
+    }
+    let own = json!({ "url": "https://a.example/", "preset": "datadog", "format": "json",
+        "signatures": ["standard-webhooks"], "http": { "compression": "none" } });
+    let patched = unchanged(own.clone());
+    for key in ["format", "signatures", "preset"] {
+        assert_eq!(patched.get(key), own.get(key), "{key}");
+    }
+    assert_eq!(patched.get("http"), Some(&json!({ "rate": null, "compression": "none" })));
+}
+
+#[test]
 fn a_new_webhook_has_what_was_typed_and_the_format_of_its_receiver() {
     let typed = |pairs: &[(&str, &str)]| {
         let form = pairs.iter().fold(Form::default(), |form, (k, v)| form.with(k, (*v).to_owned()));
