@@ -138,7 +138,7 @@ impl Redaction {
             match &self.with {
                 With::Text(_) => redacted.push_str(&text),
                 With::Hmac(key) => {
-                    let token = key.token(event[start..end].as_bytes());
+                    let token = key.token(&event.as_bytes()[start..end]);
                     redacted.extend(["\"", &token, "\""]);
                 }
             }
