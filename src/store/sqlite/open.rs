@@ -243,7 +243,10 @@ pub(super) fn lock_store(data_dir: &Path) -> Result<StoreLock, StoreError> {
     let locked = file.map_err(TryLockError::Error).and_then(|file| {
         file.try_lock()?;
         let ended_well = file.metadata().map_err(TryLockError::Error)?.len() == 0;
-        file.write_all_at(b"open\n", 0).map_err(TryLockError::Error)?;
+        // On the disk before anything is recorded: history can lose what it recorded last when the
+        // power goes, and has a gap for that only if this is still there.
+        let marked = file.write_all_at(b"open\n", 0).and_then(|()| file.sync_all());
+        marked.and_then(|()| File::open(data_dir)?.sync_all()).map_err(TryLockError::Error)?;
         Ok(StoreLock { file, ended_well })
     });
     locked.map_err(|e| match e {
