@@ -10,6 +10,8 @@ const load = createRequire(process.env.VERIFIERS + "/package.json");
 const standard = load("standardwebhooks");
 const svix = load("svix");
 const mailtrap = load("mailtrap");
+// It is a module, so it is loaded by the address of its file.
+const octokit = await import(`file://${process.env.VERIFIERS}/node_modules/@octokit/webhooks-methods/dist-node/index.js`);
 
 const version = (name) => JSON.parse(readFileSync(`${process.env.VERIFIERS}/node_modules/${name}/package.json`)).version;
 
@@ -44,5 +46,9 @@ for (const request of JSON.parse(readFileSync(process.argv[2]))) {
   }
   if (headers["mailtrap-signature"]) {
     report("mailtrap", request, () => mailtrap.verifyWebhookSignature(body, headers["mailtrap-signature"], secret));
+  }
+  if (headers["x-hub-signature-256"]?.startsWith("sha256=")) {
+    const verified = await octokit.verify(secret, body.toString(), headers["x-hub-signature-256"]);
+    report("@octokit/webhooks-methods", request, () => verified);
   }
 }

@@ -417,6 +417,7 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
             "standardwebhooks (npm)",
             "svix (npm)",
             "mailtrap (npm)",
+            "@octokit/webhooks-methods (npm)",
             "standardwebhooks (crates.io)",
             "svix (crates.io)",
             "docs/receivers.md: Rust",
