@@ -3,8 +3,8 @@
 //! (benches/peers/deliver.mjs).
 //!
 //! `cargo bench --bench delivery` starts a broker of its own unless HOOKTRAIL_TEST_AMQP_URL names one, and needs what
-//! scripts/verifiers installs. All take turns on the same events; medians are printed. It measures from the first request
-//! to the last. These change its size:
+//! scripts/verifiers installs. All take turns on the same events; medians are printed. A sender is measured from its first
+//! request to the last, the bare consumer from its `basic.consume` to its last ack. These change the bench's size:
 //!
 //! - HOOKTRAIL_BENCH_EVENTS (300000), HOOKTRAIL_BENCH_ROUNDS (5)
 //! - HOOKTRAIL_BENCH_SHAPES (`8x100,1x100,8x500,1x500`): requests at once, and events in each

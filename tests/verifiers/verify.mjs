@@ -4,6 +4,7 @@
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
+import { pathToFileURL } from "node:url";
 
 // They are installed next to this run's target folder, not next to this file.
 const load = createRequire(process.env.VERIFIERS + "/package.json");
@@ -11,7 +12,7 @@ const standard = load("standardwebhooks");
 const svix = load("svix");
 const mailtrap = load("mailtrap");
 // It is a module, so it is loaded by the address of its file.
-const octokit = await import(`file://${process.env.VERIFIERS}/node_modules/@octokit/webhooks-methods/dist-node/index.js`);
+const octokit = await import(pathToFileURL(`${process.env.VERIFIERS}/node_modules/@octokit/webhooks-methods/dist-node/index.js`));
 
 const version = (name) => JSON.parse(readFileSync(`${process.env.VERIFIERS}/node_modules/${name}/package.json`)).version;
 
