@@ -28,15 +28,15 @@ fn prints(bytes: &[u8]) {
     }
 }
 
-/// Input: the longest frame in two bytes (0: any), the number of bytes per read, four sizes of
-/// pieces, then the bytes from the broker.
+/// Input: the longest frame in two bytes (0: any), five sizes of pieces, then the bytes from the
+/// broker.
 pub fn wire(bytes: &[u8]) {
-    let Some(([a, b, at_once, pieces @ ..], sent)) = bytes.split_first_chunk::<7>() else { return };
+    let Some(([a, b, pieces @ ..], sent)) = bytes.split_first_chunk::<7>() else { return };
     let frame_max = match u16::from_be_bytes([*a, *b]) {
         0 => usize::MAX,
         n => n.into(),
     };
-    amqp::fuzzing::wire(frame_max, sent, &pieces.map(usize::from), usize::from(*at_once).max(1));
+    amqp::fuzzing::wire(frame_max, sent, &pieces.map(usize::from));
 }
 
 /// An attempt log read from a text is written as a short text that reads as the same log.

@@ -84,7 +84,7 @@ use std::{
 use tokio::{sync::watch, time::timeout};
 
 use self::{
-    connection::Role,
+    connection::{Connected, Role},
     history_mark::Marked,
     publisher::PublishResult,
     record::Patterns,
@@ -132,7 +132,8 @@ impl AmqpQueue {
     /// # Errors
     /// The broker cannot be reached, and why.
     pub async fn ping(&self) -> Result<(), QueueError> {
-        let (connection, _open) = self.0.dialer.connect(Role::Declaring).await?;
+        let Connected { connection, counted: _open, .. } =
+            self.0.dialer.connect(Role::Declaring).await?;
         connection::close(&connection).await;
         Ok(())
     }

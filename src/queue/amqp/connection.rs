@@ -14,7 +14,7 @@ use url::Host;
 
 use super::{
     broker_error::BrokerError,
-    wire::{self, Greeting},
+    wire::{self, Greeting, Wire},
 };
 use crate::{
     crypto::secret::SecretUrl,
@@ -97,6 +97,15 @@ impl Role {
     }
 }
 
+/// A connection that was made.
+#[derive(Debug)]
+pub(super) struct Connected {
+    pub(super) connection: Connection,
+    pub(super) wire: Wire,
+    /// It counts as open as long as this lives.
+    pub(super) counted: OpenConnection,
+}
+
 /// Connects to the broker, and counts connections. Clones count together.
 #[derive(Debug, Clone)]
 pub(super) struct Dialer {
@@ -136,22 +145,18 @@ impl Dialer {
         self.connects.load(Ordering::Relaxed)
     }
 
-    /// Connects once. The connection counts as open as long as the second value lives.
-    pub(super) async fn connect(
-        &self,
-        role: Role,
-    ) -> Result<(Connection, OpenConnection), QueueError> {
+    /// Connects once.
+    pub(super) async fn connect(&self, role: Role) -> Result<Connected, QueueError> {
         let connected = connect(&self.url, role).await;
         self.metrics.connected(role.name(), connected.is_ok());
-        Ok((connected?, self.metrics.connection(role.name())))
+        let (connection, wire) = connected?;
+        let counted = self.metrics.connection(role.name());
+        Ok(Connected { connection, wire, counted })
     }
 
     /// Connects once, for history, which gives way to each [`Claim`]: the broker may limit the
     /// number of connections.
-    pub(super) async fn connect_for_history(
-        &self,
-        role: Role,
-    ) -> Result<(Connection, OpenConnection), QueueError> {
+    pub(super) async fn connect_for_history(&self, role: Role) -> Result<Connected, QueueError> {
         let shortage = Some(self.shortage.borrow()).filter(|s| s.claims > 0).map(|s| s.error());
         if let Some(e) = shortage {
             return Err(e);
@@ -194,7 +199,7 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    pub(super) async fn connect(&mut self) -> Result<(Connection, OpenConnection), QueueError> {
+    pub(super) async fn connect(&mut self) -> Result<Connected, QueueError> {
         let connected = self.dialer.connect(self.role).await;
         match &connected {
             Ok(_) => {
@@ -226,15 +231,15 @@ impl Drop for Claim {
     }
 }
 
-async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> {
-    greeted(url, role).await.map(|(connection, _)| connection)
-}
-
 /// Connects, and returns the broker's greeting too.
 pub(super) async fn greeted(
     url: &SecretUrl,
     role: Role,
 ) -> Result<(Connection, Greeting), QueueError> {
+    connect(url, role).await.map(|(connection, wire)| (connection, wire.greeting))
+}
+
+async fn connect(url: &SecretUrl, role: Role) -> Result<(Connection, Wire), QueueError> {
     let fail = |why: Why| {
         QueueError::new(format!("cannot connect to the broker at {url}: {}", why.why))
             .remedied(why.remedy)
@@ -263,7 +268,7 @@ pub(super) async fn greeted(
             "check that host and port are those of the broker and that no firewall drops them; a broker out of file descriptors, or under an \
              alarm, does not answer either: rabbitmq-diagnostics status",
         ))),
-        Ok(Ok(greeted)) => Ok(greeted),
+        Ok(Ok(connected)) => Ok(connected),
         Ok(Err(e)) => Err(fail(explain(&e, &whom))),
     }
 }

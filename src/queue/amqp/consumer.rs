@@ -7,12 +7,11 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{Stream as _, future::poll_fn};
+use futures_util::future::poll_fn;
 use lapin::{
-    Channel, Consumer,
-    message::Delivery,
-    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
-    types::{FieldTable, ShortString},
+    Channel,
+    options::{BasicAckOptions, BasicCancelOptions, BasicQosOptions},
+    types::ShortString,
 };
 use tokio::{
     sync::{Mutex, Notify},
@@ -32,6 +31,7 @@ use super::{
     shared::{Consumes, Shared},
     topology::Topology,
     unusable::Unusable,
+    wire::{Arrival, Consumer},
 };
 use crate::{
     clock,
@@ -79,20 +79,7 @@ struct Feed {
 
 impl Feed {
     async fn open(lease: Lease, queue: String, prefetch: u16) -> Result<Self, Unusable> {
-        let open = async {
-            // Before consuming: the consumer's own buffer has no limit.
-            lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            lease
-                .channel
-                .basic_consume(
-                    queue.as_str().into(),
-                    "".into(),
-                    BasicConsumeOptions::default(),
-                    FieldTable::default(),
-                )
-                .await
-        };
-        match answer(open).await {
+        match consume(&lease, &queue, prefetch).await {
             Ok(consumer) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
             Err(why) => Err(Unusable { queue, why }),
         }
@@ -100,14 +87,12 @@ impl Feed {
 
     /// The next delivery, if there is one. Any end of the stream means that the channel is
     /// unusable.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, QueueError>> {
-        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
-            Some(Ok(delivery)) => Ok(delivery),
-            Some(Err(e)) => Err(QueueError::new(format!(
-                "the consumer of queue `{}` ended: {}",
-                self.queue,
-                BrokerError::from(e)
-            ))),
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrival, QueueError>> {
+        self.consumer.poll_next(cx).map(|next| match next {
+            Some(Ok(arrival)) => Ok(arrival),
+            Some(Err(e)) => {
+                Err(QueueError::new(format!("the consumer of queue `{}` ended: {e}", self.queue)))
+            }
             None => Err(QueueError::new(format!(
                 "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
                 self.queue
@@ -261,19 +246,14 @@ async fn replace(
     while next < now && inner.tracks().events.unacked_after(0) > u64::from(next) {
         inner.acked.notified().await;
     }
-    answer(async {
-        channel.basic_qos(next, BasicQosOptions::default()).await?;
-        channel
-            .basic_consume(
-                queue.as_str().into(),
-                "".into(),
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await
-    })
-    .await
-    .map(Some)
+    consume(&inner.events, &queue, next).await.map(Some)
+}
+
+/// Begins to consume, with so many messages unacked at most.
+async fn consume(lease: &Lease, queue: &str, prefetch: u16) -> Result<Consumer, BrokerError> {
+    // Before consuming: a consumer's own buffer has no limit.
+    answer(lease.channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
+    Consumer::begin(&lease.channel, lease.inboxes(), queue).await
 }
 
 impl queue::Source for Source {
@@ -412,19 +392,16 @@ impl Inner {
         self.tracks().events.unacked_after(since) >= u64::from(prefetch)
     }
 
-    fn taken_event(&self, d: Delivery) -> Taken {
-        let bytes = d.data.len();
+    fn taken_event(&self, d: Arrival) -> Taken {
+        let bytes = d.body.len();
         let fingerprint = Fingerprint::event(
             d.properties.message_id().as_ref().map(ShortString::as_str),
-            &d.data,
+            &d.body,
         );
-        let known =
-            self.track(MessageKind::Event, d.delivery_tag, Some(fingerprint), d.redelivered);
+        let known = self.track(MessageKind::Event, d.tag, Some(fingerprint), d.redelivered);
         let taken = if known {
-            Taken::AlreadySettled {
-                events: 1,
-                receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
-            }
+            let receipt = Receipt { from: MessageKind::Event, tag: d.tag };
+            Taken::AlreadySettled { events: 1, receipt }
         } else {
             message::taken_event(d, self.most)
         };
@@ -434,8 +411,8 @@ impl Inner {
         taken
     }
 
-    fn taken_envelope(&self, d: Delivery) -> Taken {
-        let (tag, redelivered) = (d.delivery_tag, d.redelivered);
+    fn taken_envelope(&self, d: Arrival) -> Taken {
+        let (tag, redelivered) = (d.tag, d.redelivered);
         let taken = message::taken_envelope(d);
         let fingerprint = match &taken {
             Taken::Batch(batch, _) => {

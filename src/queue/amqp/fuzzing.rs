@@ -1,6 +1,9 @@
 //! Properties that hold for any bytes that a broker sends; see `src/fuzzing.rs`.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
 use lapin::{
     BasicProperties,
@@ -11,38 +14,53 @@ use lapin::{
 
 use super::{
     message::{self, dead_letter, read_dead_letter, taken_envelope},
-    wire::filter::{FRAME_END, FRAME_HEADER, Filter},
+    wire::{
+        Arrival, Inboxes,
+        content::{Opened, delivery as delivery_of},
+        filter::{FRAME_END, FRAME_HEADER, Filter},
+    },
 };
 use crate::delivery::{Batch, DeadLetter, MessageKind, Reason, cut_error};
 use crate::queue::{MAX_TRACEPARENT, Taken};
 
-/// The filtered bytes, when they arrive in pieces of these sizes, and are read `at_once` at a time.
-pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) -> Vec<u8> {
-    let mut filter = Filter::new(frame_max);
-    let mut found = Vec::new();
-    let mut given = vec![0; at_once];
+/// What becomes of bytes from the broker.
+#[derive(Debug, PartialEq)]
+pub(super) struct Sorted {
+    pub(super) for_lapin: Vec<u8>,
+    /// Of each consumer: what has arrived, and whether a delivery was broken off.
+    pub(super) taken: Vec<(Vec<Arrival>, bool)>,
+}
+
+/// Sorts bytes that arrive in pieces of these sizes, with these consumers on these channels.
+pub(super) fn sorted(
+    frame_max: usize,
+    consumers: &[(u16, &str)],
+    bytes: &[u8],
+    pieces: &[usize],
+) -> Sorted {
+    let inboxes = Inboxes::default();
+    let opened: Vec<_> =
+        consumers.iter().map(|(channel, tag)| inboxes.open(*channel, tag)).collect();
+    let mut filter = Filter::new(frame_max).serving(inboxes);
+    let mut for_lapin = Vec::new();
     let mut rest = bytes;
     let mut pieces = pieces.iter().cycle();
-    loop {
-        loop {
-            let n = filter.give(&mut given);
-            if n == 0 {
-                break;
-            }
-            found.extend_from_slice(&given[..n]);
-        }
-        if rest.is_empty() {
-            return found;
-        }
+    while !rest.is_empty() {
         let room = filter.room();
         let n = (*pieces.next().expect("at least one size")).clamp(1, rest.len().min(room.len()));
         room[..n].copy_from_slice(&rest[..n]);
         rest = &rest[n..];
         filter.filled(n);
-        if rest.is_empty() {
-            filter.end();
-        }
+        for_lapin.extend_from_slice(&filter.take_rest());
     }
+    filter.end();
+    for_lapin.extend_from_slice(&filter.take_rest());
+    Sorted { for_lapin, taken: opened.iter().map(Opened::arrived).collect() }
+}
+
+/// The filtered bytes, when no consumer takes its deliveries itself.
+pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize]) -> Vec<u8> {
+    sorted(frame_max, &[], bytes, pieces).for_lapin
 }
 
 /// The whole frames, and the bytes behind them.
@@ -57,19 +75,21 @@ fn frames(mut bytes: &[u8]) -> (Vec<&[u8]>, &[u8]) {
     (frames, bytes)
 }
 
-/// However the bytes are divided, lapin gets the same, and reads or refuses it without a panic.
-pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) {
-    let whole = through(frame_max, bytes, &[usize::MAX], bytes.len().max(1));
+/// However the bytes are divided, lapin and the consumers get the same; lapin reads or refuses it
+/// without a panic.
+pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
+    let whole = through(frame_max, bytes, &[usize::MAX]);
     assert_eq!(
-        through(frame_max, bytes, pieces, at_once),
+        through(frame_max, bytes, pieces),
         whole,
         "pieces of {pieces:?} bytes make a difference"
     );
     assert_eq!(
-        through(frame_max, &whole, &[usize::MAX], bytes.len().max(1)),
+        through(frame_max, &whole, &[usize::MAX]),
         whole,
         "what is harmless is changed again"
     );
+    deliveries(frame_max, bytes, pieces);
 
     let ((came, came_last), (went, went_last)) = (frames(bytes), frames(&whole));
     assert_eq!((came.len(), came_last), (went.len(), went_last));
@@ -93,6 +113,66 @@ pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: us
             }
             _ => assert_eq!(came, went, "a body is touched"),
         }
+    }
+}
+
+/// Consumers that take their deliveries themselves. Their tags are short, for a fuzzer to find.
+const CONSUMERS: [(u16, &str); 3] = [(1, "a"), (1, "b"), (2, "a")];
+
+/// What the consumers take is what stands in the frames, read one after the other.
+fn deliveries(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
+    let found = sorted(frame_max, &CONSUMERS, bytes, pieces);
+    assert_eq!(
+        sorted(frame_max, &CONSUMERS, bytes, &[usize::MAX]),
+        found,
+        "pieces of {pieces:?} bytes make a difference"
+    );
+    let (frames, _) = frames(bytes);
+    let is_sound = |frame: &&[u8]| frame.ends_with(&[0xce]) && frame.len() <= 1 << 20;
+    let all_are = frames.iter().all(is_sound);
+    let frames = frames.into_iter().take_while(is_sound);
+    let mut expected = CONSUMERS.map(|_| Vec::new());
+    // Of each channel: the consumer, the tag, the bytes that are missing once that is known, the body.
+    let mut open: HashMap<[u8; 2], (usize, u64, Option<u64>, Vec<u8>)> = HashMap::new();
+    for frame in frames {
+        let channel = [frame[1], frame[2]];
+        let payload = &frame[FRAME_HEADER..frame.len() - FRAME_END];
+        match frame[0] {
+            1 => {
+                open.remove(&channel);
+                if let Some((consumer, number, _)) = delivery_of(payload)
+                    && let Some(to) = CONSUMERS.iter().position(|(on, tag)| {
+                        on.to_be_bytes() == channel && tag.as_bytes() == consumer
+                    })
+                {
+                    open.insert(channel, (to, number, None, Vec::new()));
+                }
+            }
+            2 | 3 => {
+                let Some((to, tag, missing, mut body)) = open.remove(&channel) else { continue };
+                let missing = match (frame[0], missing) {
+                    (2, None) if payload.len() >= 12 => {
+                        u64::from_be_bytes(payload[4..12].try_into().expect("eight"))
+                    }
+                    (3, Some(missing)) if payload.len() as u64 <= missing => {
+                        body.extend_from_slice(payload);
+                        missing - payload.len() as u64
+                    }
+                    _ => continue,
+                };
+                if missing > 0 {
+                    open.insert(channel, (to, tag, Some(missing), body));
+                } else {
+                    expected[to].push((tag, body));
+                }
+            }
+            _ => {}
+        }
+    }
+    for (taken, expected) in found.taken.iter().zip(expected) {
+        let taken: Vec<_> = taken.0.iter().map(|a| (a.tag, a.body.to_vec())).collect();
+        assert!(taken.starts_with(&expected), "{taken:?} is not {expected:?}");
+        assert!(!all_are || taken.len() == expected.len(), "{taken:?} is not {expected:?}");
     }
 }
 
@@ -129,7 +209,7 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], properties].concat();
     let Ok(length) = u32::try_from(header.len()) else { return };
     let frame = [&[2, 0, 1][..], &length.to_be_bytes(), &header, &[0xce]].concat();
-    let frame = through(usize::MAX, &frame, &[usize::MAX], frame.len());
+    let frame = through(usize::MAX, &frame, &[usize::MAX]);
     let Ok((_, properties)) =
         basic::parse_properties(&frame[FRAME_HEADER + 12..frame.len() - FRAME_END])
     else {
@@ -149,13 +229,14 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
 }
 
 fn in_main_queue(body: &[u8], properties: &BasicProperties) {
-    match message::taken_event(delivery(body, properties), MOST) {
+    match message::taken_event(delivery(body, properties).into(), MOST) {
         Taken::Event(event) => {
             let as_decoded = message::decoded(properties, body, MOST).ok().flatten();
             assert_eq!(event.body, as_decoded.as_deref().unwrap_or(body));
-            let Taken::Event(again) =
-                message::taken_event(delivery(&event.body, &message::relayed(properties)), MOST)
-            else {
+            let Taken::Event(again) = message::taken_event(
+                delivery(&event.body, &message::relayed(properties)).into(),
+                MOST,
+            ) else {
                 panic!("what is relayed is plain")
             };
             assert_eq!(again.body, event.body);
@@ -181,17 +262,17 @@ fn in_main_queue(body: &[u8], properties: &BasicProperties) {
 fn in_retry_queue(body: &[u8], properties: &BasicProperties) {
     let (kept, own) = message::untouched(delivery(body, properties));
     assert_eq!(kept, body);
-    match taken_envelope(delivery(body, properties)) {
+    match taken_envelope(delivery(body, properties).into()) {
         Taken::Batch(envelope, _) => {
             assert_eq!(
-                read(taken_envelope(delivery(&kept, &own))),
+                read(taken_envelope(delivery(&kept, &own).into())),
                 envelope,
                 "as an orphan that is put back"
             );
             let envelope =
                 Batch { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
             let (body, properties) = message::envelope(&envelope);
-            assert_eq!(read(taken_envelope(delivery(&body, &properties))), envelope);
+            assert_eq!(read(taken_envelope(delivery(&body, &properties).into())), envelope);
         }
         Taken::Unusable(letter, _) => {
             assert!(

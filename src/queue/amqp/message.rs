@@ -12,6 +12,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
+use super::wire::Arrival;
 use crate::{
     clock,
     delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Print, Prints, Reason, cut_error},
@@ -385,9 +386,9 @@ pub(super) fn decoded(
 
 impl Undecoded {
     /// The dead letter, with the body as it arrived.
-    pub(super) fn dead_letter(self, d: Delivery) -> DeadLetter {
+    pub(super) fn dead_letter(self, d: Arrival) -> DeadLetter {
         let letter = DeadLetter::of_event(
-            d.data.into(),
+            d.body,
             owned(d.properties.content_type()),
             owned(d.properties.message_id()),
             self.reason,
@@ -399,14 +400,12 @@ impl Undecoded {
 }
 
 /// Reads an event. `most`: bytes that its body can have.
-pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
-    match decoded(&d.properties, &d.data, most) {
+pub(super) fn taken_event(mut d: Arrival, most: usize) -> Taken {
+    let receipt = Receipt { from: MessageKind::Event, tag: d.tag };
+    match decoded(&d.properties, &d.body, most) {
         Ok(None) => {}
-        Ok(Some(body)) => d.data = body,
-        Err(undecoded) => {
-            let receipt = Receipt { from: MessageKind::Event, tag: d.delivery_tag };
-            return Taken::Unusable(undecoded.dead_letter(d), receipt);
-        }
+        Ok(Some(body)) => d.body = body.into(),
+        Err(undecoded) => return Taken::Unusable(undecoded.dead_letter(d), receipt),
     }
     let content_type = d
         .properties
@@ -419,30 +418,29 @@ pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
         content_type: content_type.map(str::to_owned),
         published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
-        receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
-        body: d.data.into(),
+        receipt,
+        body: d.body,
         checked: None,
         number: None,
     })
 }
 
-pub(super) fn taken_envelope(d: Delivery) -> Taken {
-    let receipt = Receipt { from: MessageKind::Batch, tag: d.delivery_tag };
-    match read_envelope(&d) {
+pub(super) fn taken_envelope(d: Arrival) -> Taken {
+    let receipt = Receipt { from: MessageKind::Batch, tag: d.tag };
+    match read_envelope(&d.properties, &d.body) {
         Ok(envelope) => Taken::Batch(envelope, receipt),
         Err(why) => {
             let content_type = owned(d.properties.content_type());
             let id = owned(d.properties.message_id());
             let error = format!("a message in the retry queue is not an envelope: {why}");
-            let body = Bytes::from(d.data);
-            let letter = DeadLetter::not_a_batch(body, content_type, id, error, clock::now());
+            let letter = DeadLetter::not_a_batch(d.body, content_type, id, error, clock::now());
             Taken::Unusable(letter, receipt)
         }
     }
 }
 
-fn read_envelope(d: &Delivery) -> Result<Batch, String> {
-    let h = Headers(d.properties.headers().as_ref());
+fn read_envelope(p: &BasicProperties, body: &Bytes) -> Result<Batch, String> {
+    let h = Headers(p.headers().as_ref());
     let batch_id = h.text(BATCH_ID)?.ok_or_else(|| format!("it has no header `{BATCH_ID}`"))?;
     let sound = (1..=255).contains(&batch_id.len())
         && batch_id.bytes().all(|b| b.is_ascii_graphic() && b != b'.');
@@ -451,21 +449,21 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
             "header `{BATCH_ID}` is not 1 to 255 printable characters without a dot"
         ));
     }
-    if d.data.is_empty() {
+    if body.is_empty() {
         return Err("it is empty".to_owned());
     }
-    let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
+    let content_type = p.content_type().as_ref().map_or("", ShortString::as_str);
     let format = Format::labelled(content_type);
     let events = h.integer(EVENTS)?.unwrap_or(0);
     Ok(Batch {
         id: batch_id.into(),
-        body: Bytes::copy_from_slice(&d.data),
+        body: body.clone(),
         format: format
             .ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
         events,
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
-        traceparent: traceparent(&d.properties),
+        traceparent: traceparent(p),
         attempt_log: h.attempt_log(),
         prints: h.prints(events),
         replay: h.text(REPLAY).ok().flatten().as_deref() == Some("true"),
@@ -474,7 +472,7 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
 
 /// A waiting batch by its envelope; `None` if the message is none.
 pub(super) fn waiting(d: &Delivery) -> Option<Waiting> {
-    let envelope = read_envelope(d).ok()?;
+    let envelope = read_envelope(&d.properties, &Bytes::copy_from_slice(&d.data)).ok()?;
     Some(Waiting::new(&envelope, Headers(d.properties.headers().as_ref()).unix_millis(DUE_AT)))
 }
 
@@ -636,7 +634,7 @@ mod tests {
     fn an_envelope_survives_the_broker() {
         let e = an_envelope();
         let (body, properties) = envelope(&e);
-        match taken_envelope(delivery(&body, properties)) {
+        match taken_envelope(delivery(&body, properties).into()) {
             Taken::Batch(found, receipt) => assert_eq!((found, receipt.tag), (e, 7)),
             other => panic!("{other:?}"),
         }
@@ -695,7 +693,8 @@ mod tests {
                 h.insert(PRINTS.into(), value.clone());
                 h.insert(REPLAY.into(), value);
             }
-            match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone()))) {
+            match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone())).into())
+            {
                 Taken::Batch(found, _) => assert_eq!(found, e),
                 other => panic!("{other:?}"),
             }
@@ -730,7 +729,7 @@ mod tests {
             (b"x", with(EVENTS, Some(AMQPValue::Double(1.0))), "not an integer"),
             (b"x", with(FIRST_ATTEMPT_AT, Some(text("yesterday"))), "not an RFC 3339 time"),
         ] {
-            match taken_envelope(delivery(body, properties)) {
+            match taken_envelope(delivery(body, properties).into()) {
                 Taken::Unusable(letter, _) => {
                     assert!(letter.error.contains(why), "{}", letter.error);
                     assert_eq!(
@@ -853,7 +852,7 @@ mod tests {
             (&zipped, encoded("gzip:UTF-8")),
             (&zipped, encoded("utf-8").with_headers(by_kombu)),
         ] {
-            match taken_event(delivery(body, properties.clone()), plain.len()) {
+            match taken_event(delivery(body, properties.clone()).into(), plain.len()) {
                 Taken::Event(event) => assert_eq!(event.body[..], plain[..]),
                 other => panic!("{properties:?}: {other:?}"),
             }
@@ -870,7 +869,7 @@ mod tests {
             (&zipped, "gzip", plain.len() - 1, Reason::TooLarge, "more than 20 bytes"),
         ] {
             let Taken::Unusable(letter, receipt) =
-                taken_event(delivery(body, encoded(encoding)), most)
+                taken_event(delivery(body, encoded(encoding)).into(), most)
             else {
                 panic!("{encoding}")
             };
@@ -893,7 +892,7 @@ mod tests {
     #[test]
     fn a_timestamp_that_cannot_be_meant_is_none() {
         let published_at = |t: u64| match taken_event(
-            delivery(b"{}", BasicProperties::default().with_timestamp(t)),
+            delivery(b"{}", BasicProperties::default().with_timestamp(t)).into(),
             100,
         ) {
             Taken::Event(event) => event.published_at,

@@ -11,7 +11,8 @@ use tokio::sync::{Mutex, watch};
 
 use super::{
     broker_error::answer,
-    connection::{Claim, Dialer, Role, close},
+    connection::{Claim, Connected, Dialer, Role, close},
+    wire::{Inboxes, Wire},
 };
 use crate::{
     queue::QueueError,
@@ -26,13 +27,21 @@ pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
 #[derive(Debug)]
 pub(super) struct Lease {
     pub(super) channel: Channel,
-    _seat: Seat,
+    seat: Seat,
+}
+
+impl Lease {
+    /// The consumers of its connection that do without lapin.
+    pub(super) fn inboxes(&self) -> &Inboxes {
+        &self.seat.0.wire.inboxes
+    }
 }
 
 /// A connection that is shared by channels. It ends with the last of them, unless it is the newest.
 #[derive(Debug)]
 struct Slot {
     connection: Connection,
+    wire: Wire,
     open: AtomicUsize,
     /// Channels opened since the start. No channel number is used twice: lapin keeps the error with
     /// which the broker closed a channel under its number, and would answer the requests of the
@@ -43,13 +52,14 @@ struct Slot {
 }
 
 impl Slot {
-    fn new((connection, counted): (Connection, OpenConnection)) -> Arc<Self> {
+    fn new(Connected { connection, wire, counted }: Connected) -> Arc<Self> {
         let numbers = match connection.configuration().channel_max() {
             0 => usize::from(u16::MAX),
             max => max.into(),
         };
         Arc::new(Self {
             connection,
+            wire,
             open: AtomicUsize::new(0),
             opened: AtomicUsize::new(0),
             numbers,
@@ -75,7 +85,7 @@ struct Seat(Arc<Slot>);
 impl Seat {
     async fn open(self) -> Result<Lease, QueueError> {
         match answer(self.0.connection.create_channel()).await {
-            Ok(channel) => Ok(Lease { channel, _seat: self }),
+            Ok(channel) => Ok(Lease { channel, seat: self }),
             Err(why) => Err(QueueError::new(format!("the broker opens no channel: {why}"))),
         }
     }

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     broker_error::{BrokerError, answer},
-    connection::{Claim, Dialer, Role, close},
+    connection::{Claim, Connected, Dialer, Role, close},
     declarations::log_redeclared,
     message::Message,
     pool::Pool,
@@ -249,7 +249,7 @@ impl Task {
 
     /// Serves one connection until its end, which is an error unless it was closed.
     async fn generation(&mut self, publishing: &mut ReportedOutage) -> Result<(), QueueError> {
-        let (connection, _open) = self.claim.connect().await?;
+        let Connected { connection, counted: _open, .. } = self.claim.connect().await?;
         let ended = async {
             // Not the producers' exchange: a producer that deletes it to redeclare it must find
             // none of ours in its place.

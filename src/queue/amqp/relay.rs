@@ -366,7 +366,7 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
     match message::decoded(&delivery.properties, &delivery.data, BatchPolicy::MAX_BYTES as usize) {
         Ok(None) => {}
         Ok(Some(body)) => delivery.data = body,
-        Err(undecoded) => return orphan(topology, &undecoded.dead_letter(delivery)),
+        Err(undecoded) => return orphan(topology, &undecoded.dead_letter(delivery.into())),
     }
     let routed = event_type(&delivery.data).map(|t| t.into_owned());
     match routed {

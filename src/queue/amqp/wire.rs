@@ -1,5 +1,5 @@
-//! The stream between the socket and lapin: TLS where the URL asks for it, and a filter that makes
-//! of every message one that lapin can read.
+//! Between the socket and lapin: TLS where the URL asks for it, a task that reads, and a filter that
+//! hands deliveries to their consumers and makes of every other frame one that lapin can read.
 //!
 //! AMQP lets a producer put any bytes into a short string (a message id, a header's name) and nest
 //! tables as deep as a frame holds. lapin reads short strings as UTF-8 and closes the whole
@@ -9,7 +9,9 @@
 //!
 //! Nothing of hooktrail's own depends on what is changed here: bodies are never touched.
 
+pub(super) mod content;
 pub(super) mod filter;
+mod reader;
 
 use std::{
     fmt, io,
@@ -32,20 +34,34 @@ use lapin::{
     uri::{AMQPScheme, AMQPUri},
 };
 use rustls::pki_types::ServerName;
-use tokio::{net::TcpStream, sync::oneshot};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
+use tokio_rustls::TlsConnector;
 
-use self::filter::Filter;
-pub(super) use self::filter::Greeting;
+pub(super) use self::{
+    content::{Arrival, Consumer, Inboxes},
+    filter::Greeting,
+};
+use self::{
+    filter::Filter,
+    reader::{ForLapin, Reader},
+};
 use crate::crypto::tls::{SystemRoots, TlsPolicy};
+
+/// What is known of a connection besides lapin.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Wire {
+    pub(super) greeting: Greeting,
+    pub(super) inboxes: Inboxes,
+}
 
 /// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on when the
 /// caller gives up, so that ends its socket too.
 pub(super) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
-) -> lapin::Result<(Connection, Greeting)> {
-    let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
+) -> lapin::Result<(Connection, Wire)> {
+    let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Streams(Tokio::current())));
+    let handle = Handle::current();
     let frame_max = uri.query.frame_max.map_or(usize::MAX, |max| max as usize);
     let trust = match uri.scheme {
         AMQPScheme::AMQP => None,
@@ -53,44 +69,60 @@ pub(super) async fn connect(
     };
     let (connected, waiting) = oneshot::channel();
     let waiting = Mutex::new(Some(waiting));
-    let greeting = Greeting::default();
-    let hears = greeting.clone();
+    let wire = Wire::default();
+    let known = wire.clone();
     let connect = async move |uri: AMQPUri, _: Runtime<_>| {
         // Taken once: there is no reconnecting.
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tokio = Runtime::tokio_current();
         let connecting = Box::pin(dial(uri, trust.clone(), &tokio));
-        let stream = match &mut waiting {
+        let socket = match &mut waiting {
             None => connecting.await?,
             Some(waiting) => match select(connecting, waiting).await {
-                Either::Left((stream, _)) => stream?,
+                Either::Left((socket, _)) => socket?,
                 Either::Right(_) => return Err(gone().into()),
             },
         };
-        let filter = Filter::new(frame_max).hearing(hears.clone());
-        Ok(AsyncTcpStream::Plain(Filtered { waiting, filter, ..Filtered::new(stream, frame_max) }))
+        let Wire { greeting, inboxes } = known.clone();
+        let filter = Filter::new(frame_max).hearing(greeting).serving(inboxes);
+        let (reader, incoming) = Reader::new(socket.incoming, filter);
+        let reading = handle.spawn(reader.run());
+        let outgoing = Compat::new(socket.outgoing);
+        Ok(AsyncTcpStream::Plain(LapinStream { incoming, reading, outgoing, waiting }))
     };
     let connection = Connection::connector(uri, runtime, connect, properties).await?;
     connected.send(()).ok(); // a stream that is gone already says so by itself
-    Ok((connection, greeting))
+    Ok((connection, wire))
 }
 
 fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "no task waits for this connection any more")
 }
 
-type Socket = Either<Compat<TcpStream>, Compat<TlsStream<TcpStream>>>;
+type Incoming = Box<dyn tokio::io::AsyncRead + Send + Unpin>;
+type Outgoing = Box<dyn tokio::io::AsyncWrite + Send + Unpin>;
+
+/// The two directions of a connection to the broker.
+struct Socket {
+    incoming: Incoming,
+    outgoing: Outgoing,
+}
 
 async fn dial(uri: AMQPUri, trust: Option<Trust>, runtime: &Runtime<Tokio>) -> io::Result<Socket> {
     let stream = runtime
         .tcp_connect(runtime.to_socket_addrs((uri.authority.host, uri.authority.port)))
-        .await?;
-    match trust {
-        None => Ok(Either::Left(stream)),
-        Some(Trust { connector, server }) => {
-            Ok(Either::Right(Compat::new(connector.connect(server, stream.into_inner()).await?)))
+        .await?
+        .into_inner();
+    Ok(match trust {
+        None => {
+            let (incoming, outgoing) = stream.into_split();
+            Socket { incoming: Box::new(incoming), outgoing: Box::new(outgoing) }
         }
-    }
+        Some(Trust { connector, server }) => {
+            let (incoming, outgoing) = tokio::io::split(connector.connect(server, stream).await?);
+            Socket { incoming: Box::new(incoming), outgoing: Box::new(outgoing) }
+        }
+    })
 }
 
 /// The host that an `amqps://` broker's certificate must name, and the authorities that may have
@@ -117,17 +149,17 @@ impl Trust {
 
 /// tokio's reactor with another type of streams, which is the only way to give lapin one.
 #[derive(Debug, Clone)]
-struct Filtering(Tokio);
+struct Streams(Tokio);
 
-impl Reactor for Filtering {
-    type TcpStream = Filtered<Socket>;
+impl Reactor for Streams {
+    type TcpStream = LapinStream;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     fn register<H: io::Read + io::Write + Send + 'static>(
         &self,
         _: H,
     ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        Err::<Filtered<Socket>, _>(io::ErrorKind::Unsupported.into()) // lapin brings no sockets of its own
+        Err::<LapinStream, _>(io::ErrorKind::Unsupported.into()) // lapin brings no sockets of its own
     }
 
     fn sleep(&self, dur: Duration) -> Self::Sleep {
@@ -140,35 +172,35 @@ impl Reactor for Filtering {
 
     fn tcp_connect_addr(
         &self,
-        addr: SocketAddr,
+        _: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        let connecting = self.0.tcp_connect_addr(addr);
-        async { Ok(Filtered::new(Either::Left(connecting.await?), usize::MAX)) }
+        async { Err(io::ErrorKind::Unsupported.into()) } // only `connect` makes connections
     }
 }
 
-/// A stream whose incoming frames are made harmless. It buffers at most one frame.
-struct Filtered<S> {
-    inner: S,
-    filter: Filter,
-    ended: bool,
+/// A connection as lapin sees it: what it writes goes to the socket as it is, and it reads what the
+/// reader leaves for it.
+struct LapinStream {
+    incoming: ForLapin,
+    reading: JoinHandle<()>,
+    outgoing: Compat<Outgoing>,
     /// Until the handshake has ended: reports that, or that no task waits for it any more.
     waiting: Option<oneshot::Receiver<()>>,
 }
 
-impl<S> Filtered<S> {
-    fn new(inner: S, frame_max: usize) -> Self {
-        Self { inner, filter: Filter::new(frame_max), ended: false, waiting: None }
+impl Drop for LapinStream {
+    fn drop(&mut self) {
+        self.reading.abort();
     }
 }
 
-impl<S> fmt::Debug for Filtered<S> {
+impl fmt::Debug for LapinStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Filtered").finish_non_exhaustive()
+        f.debug_struct("LapinStream").finish_non_exhaustive()
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
+impl AsyncRead for LapinStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -181,32 +213,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
                 return Poll::Ready(Err(gone()));
             }
         }
-        loop {
-            let n = this.filter.give(out);
-            if n > 0 || this.ended || out.is_empty() {
-                return Poll::Ready(Ok(n));
-            }
-            let room = this.filter.room();
-            match Pin::new(&mut this.inner).poll_read(cx, room) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                Poll::Ready(Ok(0)) => {
-                    this.ended = true;
-                    this.filter.end();
-                }
-                Poll::Ready(Ok(n)) => this.filter.filled(n),
-            }
-        }
+        this.incoming.poll_read(cx, out)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
+impl AsyncWrite for LapinStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, bytes)
+        Pin::new(&mut self.outgoing).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -214,14 +231,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bytes)
+        Pin::new(&mut self.outgoing).poll_write_vectored(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        Pin::new(&mut self.outgoing).poll_flush(cx)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_close(cx)
+        Pin::new(&mut self.outgoing).poll_close(cx)
     }
 }

@@ -1,8 +1,12 @@
-//! The filter that makes of every message one that lapin can read.
+//! What becomes of the frames that come in: deliveries go to their consumers, all others to lapin, made
+//! so that it can read them.
 
 use std::sync::{Arc, OnceLock};
 
+use bytes::Bytes;
 use lapin::types::FieldTable;
+
+use super::content::{Contents, Inboxes};
 
 /// Levels of tables and arrays; deeper ones are given to lapin as byte arrays.
 const MAX_DEPTH: u32 = 32;
@@ -30,18 +34,31 @@ impl Greeting {
     }
 }
 
-/// Incoming bytes: given out up to `given`, filtered up to `clean`, received up to `there`.
+/// Sorts incoming bytes: received up to `there`, and done with up to `at`.
 pub(in crate::queue::amqp) struct Filter {
     /// Bytes of the longest frame that lapin accepts.
     frame_max: usize,
     bytes: Vec<u8>,
-    given: usize,
-    clean: usize,
+    at: usize,
     there: usize,
-    /// Bytes to come that need no filtering: the rest of a body.
-    skip: usize,
+    /// Whose the next bytes are, while they belong to a frame that is not buffered.
+    rest: Rest,
+    /// What is for lapin.
+    out: Vec<u8>,
     greeting: Greeting,
+    contents: Contents,
 }
+
+/// What is still to come of a frame.
+#[derive(Debug, Clone, Copy)]
+enum Rest {
+    /// So many bytes for lapin.
+    Lapin(usize),
+    /// So many bytes of a delivery's body on this channel, and the end mark.
+    Body(u16, usize),
+}
+
+const NOTHING: Rest = Rest::Lapin(0);
 
 /// Bytes of the longest frame that is buffered: lapin refuses longer ones.
 const MAX_LOOK: usize = 1 << 20;
@@ -50,37 +67,50 @@ const MAX_LOOK: usize = 1 << 20;
 pub(in crate::queue::amqp) const FRAME_HEADER: usize = 7;
 pub(in crate::queue::amqp) const FRAME_END: usize = 1;
 
+/// The end mark.
+const END: u8 = 0xce;
+
 impl Filter {
     /// Keeps the broker's greeting.
     pub(super) fn hearing(self, greeting: Greeting) -> Self {
         Self { greeting, ..self }
     }
 
+    /// Gives deliveries to these consumers.
+    pub(in crate::queue::amqp) fn serving(self, inboxes: Inboxes) -> Self {
+        Self { contents: Contents::new(inboxes), ..self }
+    }
+
     pub(in crate::queue::amqp) fn new(frame_max: usize) -> Self {
         Self {
             frame_max,
             bytes: Vec::new(),
-            given: 0,
-            clean: 0,
+            at: 0,
             there: 0,
-            skip: 0,
+            rest: NOTHING,
+            out: Vec::new(),
             greeting: Greeting::default(),
+            contents: Contents::new(Inboxes::default()),
         }
     }
 
-    /// Gives out filtered bytes.
-    pub(in crate::queue::amqp) fn give(&mut self, out: &mut [u8]) -> usize {
-        let n = out.len().min(self.clean - self.given);
-        out[..n].copy_from_slice(&self.bytes[self.given..self.given + n]);
-        self.given += n;
-        n
+    /// Takes the bytes for lapin.
+    pub(in crate::queue::amqp) fn take_rest(&mut self) -> Bytes {
+        std::mem::take(&mut self.out).into()
     }
 
-    /// The room for the next bytes; only when everything clean was given out.
+    /// Adds a heartbeat to the bytes for lapin, between two frames of theirs.
+    pub(super) fn beat(&mut self) {
+        if !matches!(self.rest, Rest::Lapin(1..)) {
+            self.out.extend_from_slice(&[8, 0, 0, 0, 0, 0, 0, END]);
+        }
+    }
+
+    /// The room for the next bytes.
     pub(in crate::queue::amqp) fn room(&mut self) -> &mut [u8] {
-        self.bytes.copy_within(self.clean..self.there, 0);
-        self.there -= self.clean;
-        (self.given, self.clean) = (0, 0);
+        self.bytes.copy_within(self.at..self.there, 0);
+        self.there -= self.at;
+        self.at = 0;
         if self.bytes.len() < self.there + READ {
             self.bytes.resize(self.there + READ, 0);
         }
@@ -89,44 +119,93 @@ impl Filter {
 
     pub(in crate::queue::amqp) fn filled(&mut self, n: usize) {
         self.there += n;
-        loop {
-            let skipped = self.skip.min(self.there - self.clean);
-            self.skip -= skipped;
-            self.clean += skipped;
-            let rest = &mut self.bytes[self.clean..self.there];
-            let [kind, _, _, a, b, c, d, ..] = *rest else { return };
-            let payload = u32::from_be_bytes([a, b, c, d]) as usize;
-            let frame = payload + FRAME_HEADER + FRAME_END;
-            match kind {
-                1 | 2 if frame > MAX_LOOK => self.skip = frame,
-                1 | 2 if rest.len() < frame => return,
-                1 => {
-                    if let Some(agreed) = method(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]) {
-                        self.frame_max = self.frame_max.min(agreed);
-                    }
-                    self.greeting.heard(&rest[FRAME_HEADER..FRAME_HEADER + payload]);
-                    self.clean += frame;
+        while self.next() {}
+        self.contents.deliver();
+    }
+
+    /// Sorts the next frame, or a part of one. Returns whether there may be another.
+    fn next(&mut self) -> bool {
+        let there = &mut self.bytes[self.at..self.there];
+        match self.rest {
+            Rest::Lapin(0) => {}
+            Rest::Lapin(left) => {
+                let n = left.min(there.len());
+                self.out.extend_from_slice(&there[..n]);
+                self.at += n;
+                self.rest = Rest::Lapin(left - n);
+                return n > 0;
+            }
+            Rest::Body(channel, left) => {
+                let n = left.min(there.len());
+                self.contents.body(channel, &there[..n]);
+                self.at += n;
+                let ended = n == left && there.len() > n;
+                if ended && there[n] == END {
+                    self.at += FRAME_END;
+                    self.contents.body_ended(channel);
+                } else if ended {
+                    return self.misframed(channel);
                 }
-                2 => {
-                    content_header(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]);
-                    let left = if frame > self.frame_max {
-                        without_headers(&mut rest[..frame])
-                    } else {
-                        frame
-                    };
-                    self.bytes.copy_within(self.clean + frame..self.there, self.clean + left);
-                    self.there -= frame - left;
-                    self.clean += left;
-                }
-                3 | 8 => self.skip = frame,  // body, heartbeat
-                _ => self.skip = usize::MAX, // not AMQP 0-9-1 after all: for lapin to say
+                self.rest = if ended { NOTHING } else { Rest::Body(channel, left - n) };
+                return ended;
             }
         }
+        let [kind, high, low, a, b, c, d, ..] = *there else { return false };
+        let channel = u16::from_be_bytes([high, low]);
+        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        let frame = length + FRAME_HEADER + FRAME_END;
+        let is_here = there.len() >= frame;
+        match kind {
+            1 | 2 if frame > MAX_LOOK => {
+                self.contents.broken(channel);
+                self.rest = Rest::Lapin(frame);
+            }
+            1 | 2 if !is_here => return false,
+            1 | 2 if there[frame - FRAME_END] != END => return self.misframed(channel),
+            1 => {
+                let frame = &mut there[..frame];
+                let payload = &mut frame[FRAME_HEADER..FRAME_HEADER + length];
+                if let Some(agreed) = method(payload) {
+                    self.frame_max = self.frame_max.min(agreed);
+                }
+                if !self.contents.method(channel, payload) {
+                    self.greeting.heard(payload);
+                    self.out.extend_from_slice(frame);
+                }
+                self.at += frame.len();
+            }
+            2 => {
+                let frame = &mut there[..frame];
+                let payload = &mut frame[FRAME_HEADER..FRAME_HEADER + length];
+                content_header(payload);
+                if !self.contents.header(channel, payload) {
+                    let is_long = frame.len() > self.frame_max;
+                    let left = if is_long { without_headers(frame) } else { frame.len() };
+                    self.out.extend_from_slice(&frame[..left]);
+                }
+                self.at += frame.len();
+            }
+            3 if self.contents.awaits_body(channel) => {
+                self.at += FRAME_HEADER;
+                self.rest = Rest::Body(channel, length);
+            }
+            3 | 8 => self.rest = Rest::Lapin(frame), // body, heartbeat
+            _ => return self.misframed(channel),
+        }
+        true
+    }
+
+    /// What comes is not AMQP 0-9-1 after all: for lapin to say.
+    fn misframed(&mut self, channel: u16) -> bool {
+        self.contents.broken(channel);
+        self.rest = Rest::Lapin(usize::MAX);
+        true
     }
 
     /// The stream has ended: what is buffered is a broken frame, and lapin may have it.
     pub(in crate::queue::amqp) fn end(&mut self) {
-        self.clean = self.there;
+        self.out.extend_from_slice(&self.bytes[self.at..self.there]);
+        self.at = self.there;
     }
 }
 
@@ -321,8 +400,8 @@ mod tests {
     }
 
     /// The filtered bytes, when they arrive in pieces of these sizes.
-    fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
-        limited(usize::MAX, bytes, pieces, out)
+    fn through(bytes: &[u8], pieces: &[usize]) -> Vec<u8> {
+        limited(usize::MAX, bytes, pieces)
     }
 
     fn nested(depth: usize, kinds: &[u8]) -> Vec<u8> {
@@ -341,7 +420,7 @@ mod tests {
             let table =
                 [short(b"deep"), nested(deep, kinds), short(b"after"), b"t\x01".to_vec()].concat();
             let frame = header_frame(&[vec![0x20, 0], long(&table)].concat());
-            let headers = parsed(&through(&frame, &[1000], 64)).headers().clone().expect("headers");
+            let headers = parsed(&through(&frame, &[1000])).headers().clone().expect("headers");
             assert_eq!(headers.inner().get("after"), Some(&AMQPValue::Boolean(true)));
             let mut levels = 0;
             let mut value = headers.inner()["deep"].clone();
@@ -359,7 +438,7 @@ mod tests {
         let shallow = header_frame(
             &[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat(),
         );
-        assert_eq!(through(&shallow, &[7], 64), shallow);
+        assert_eq!(through(&shallow, &[7]), shallow);
     }
 
     #[test]
@@ -388,7 +467,7 @@ mod tests {
             let header =
                 header_frame(&[vec![0xa0, 0x80], short(b"a/b"), table, short(b"the id")].concat());
             let stream = [tune(200), header.clone(), frame(3, b"body"), header.clone()].concat();
-            let found = limited(4096, &stream, &[7], 64);
+            let found = limited(4096, &stream, &[7]);
             let at = tune(200).len();
             let length = if header.len() > 200 {
                 header_frame(&[vec![0x80, 0x80], short(b"a/b"), short(b"the id")].concat()).len()
@@ -434,12 +513,8 @@ mod tests {
                     .concat(),
                 )
             };
-            assert_eq!(through(&build(b"a\xffb\xe2\x82"), &[5], 64), build(b"a?b??"), "{ids:?}");
-            assert_eq!(
-                through(&build("é€".as_bytes()), &[5], 64),
-                build("é€".as_bytes()),
-                "{ids:?}"
-            );
+            assert_eq!(through(&build(b"a\xffb\xe2\x82"), &[5]), build(b"a?b??"), "{ids:?}");
+            assert_eq!(through(&build("é€".as_bytes()), &[5]), build("é€".as_bytes()), "{ids:?}");
         }
     }
 
@@ -510,7 +585,7 @@ mod tests {
             }
             let header = header_frame(&properties);
             let stream = [&frame(3, &body)[..], &header, &frame(8, b""), &frame(3, &body), &header].concat();
-            let found = through(&stream, &pieces, 33);
+            let found = through(&stream, &pieces);
             prop_assert_eq!(found.len(), stream.len());
             let at = frame(3, &body).len();
             parsed(&found[at..at + header.len()]);
@@ -525,7 +600,7 @@ mod tests {
             pieces in prop::collection::vec(1_usize..50, 1..9),
         ) {
             let stream = [frame(kind, &bytes), bytes].concat();
-            prop_assert_eq!(through(&stream, &pieces, 33).len(), stream.len());
+            prop_assert_eq!(through(&stream, &pieces).len(), stream.len());
         }
     }
 }

@@ -1,0 +1,355 @@
+//! Deliveries on their way from the socket to the consumers that wait for them.
+//!
+//! They do not pass lapin, which would copy each of them through three threads: half of all that a
+//! delivered event would cost. Everything else of a consumer is lapin's: its begin, its end, its acks,
+//! and the end of its channel.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use futures_util::Stream as _;
+use lapin::{
+    BasicProperties, Channel,
+    message::Delivery,
+    options::BasicConsumeOptions,
+    protocol::basic,
+    types::{FieldTable, ShortString},
+};
+
+use crate::queue::amqp::broker_error::{BrokerError, answer};
+
+/// A message that the broker has delivered.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::queue::amqp) struct Arrival {
+    pub(in crate::queue::amqp) tag: u64,
+    pub(in crate::queue::amqp) redelivered: bool,
+    pub(in crate::queue::amqp) properties: BasicProperties,
+    pub(in crate::queue::amqp) body: Bytes,
+}
+
+impl From<Delivery> for Arrival {
+    fn from(d: Delivery) -> Self {
+        let Delivery { delivery_tag: tag, redelivered, properties, data, .. } = d;
+        Self { tag, redelivered, properties, body: data.into() }
+    }
+}
+
+/// Bytes of a body for which there is room before any of them is there.
+const BELIEVED: u64 = 1 << 20;
+
+/// The consumers of a connection that take their deliveries themselves.
+#[derive(Debug, Clone, Default)]
+pub(in crate::queue::amqp) struct Inboxes(Arc<Mutex<HashMap<(u16, Vec<u8>), Arc<Inbox>>>>);
+
+impl Inboxes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(u16, Vec<u8>), Arc<Inbox>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The inbox of a consumer that begins now.
+    pub(in crate::queue::amqp) fn open(&self, channel: u16, tag: &str) -> Opened {
+        let inbox = Arc::new(Inbox::default());
+        let key = (channel, tag.as_bytes().to_vec());
+        self.lock().insert(key.clone(), inbox.clone());
+        Opened { inboxes: self.clone(), key, inbox }
+    }
+}
+
+/// An inbox of a consumer; what comes after it is dropped is lapin's.
+#[derive(Debug)]
+pub(in crate::queue::amqp) struct Opened {
+    inboxes: Inboxes,
+    key: (u16, Vec<u8>),
+    inbox: Arc<Inbox>,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.inbox.closed.store(true, Ordering::Relaxed);
+        self.inboxes.lock().remove(&self.key);
+    }
+}
+
+impl Opened {
+    /// Takes everything that has arrived, or has `cx` woken when something does.
+    fn poll(&self, into: &mut VecDeque<Arrival>, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let mut state = self.inbox.lock();
+        if !state.arrived.is_empty() {
+            std::mem::swap(into, &mut state.arrived);
+            return Poll::Ready(Ok(()));
+        }
+        if state.broken {
+            return Poll::Ready(Err(Broken));
+        }
+        if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            state.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Everything that has arrived, and whether a delivery was broken off.
+    #[cfg(any(test, fuzzing))]
+    pub(in crate::queue::amqp) fn arrived(&self) -> (Vec<Arrival>, bool) {
+        let mut state = self.inbox.lock();
+        (state.arrived.drain(..).collect(), state.broken)
+    }
+}
+
+/// A delivery was broken off: the broker speaks another protocol than it did.
+#[derive(Debug)]
+struct Broken;
+
+/// As many messages at most as its consumer's prefetch.
+#[derive(Debug, Default)]
+struct Inbox {
+    state: Mutex<State>,
+    /// Nobody takes from it any more.
+    closed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    arrived: VecDeque<Arrival>,
+    broken: bool,
+    waker: Option<Waker>,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let waker = {
+            let mut state = self.lock();
+            change(&mut state);
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// A message of which not everything is there.
+#[derive(Debug)]
+struct Partial {
+    channel: u16,
+    inbox: Arc<Inbox>,
+    tag: u64,
+    redelivered: bool,
+    /// Once its header has come.
+    head: Option<(BasicProperties, u64)>,
+    body: Vec<u8>,
+}
+
+/// The messages that come over a connection, in the order of their frames.
+#[derive(Debug)]
+pub(super) struct Contents {
+    inboxes: Inboxes,
+    /// That of the latest delivery: the next one is mostly for the same.
+    latest: Option<(u16, Vec<u8>, Arc<Inbox>)>,
+    /// At most one of a channel.
+    partial: Vec<Partial>,
+    /// What is complete and not handed over, all for one inbox.
+    ready: Vec<Arrival>,
+    ready_for: Option<Arc<Inbox>>,
+}
+
+impl Contents {
+    pub(super) const fn new(inboxes: Inboxes) -> Self {
+        Self { inboxes, latest: None, partial: Vec::new(), ready: Vec::new(), ready_for: None }
+    }
+
+    /// Whether a method is a delivery for one of the consumers; its content follows.
+    pub(super) fn method(&mut self, channel: u16, payload: &[u8]) -> bool {
+        self.broken(channel);
+        let Some((consumer, tag, redelivered)) = delivery(payload) else { return false };
+        let Some(inbox) = self.inbox(channel, consumer) else { return false };
+        self.partial.push(Partial {
+            channel,
+            inbox,
+            tag,
+            redelivered,
+            head: None,
+            body: Vec::new(),
+        });
+        true
+    }
+
+    /// Whether a content header, which is harmless by now, belongs to a delivery.
+    pub(super) fn header(&mut self, channel: u16, payload: &[u8]) -> bool {
+        let Some(at) = self.at(channel) else { return false };
+        let partial = &mut self.partial[at];
+        let (true, Some((fixed, properties))) =
+            (partial.head.is_none(), payload.split_at_checked(FIXED))
+        else {
+            self.broken(channel);
+            return true;
+        };
+        let mut size = [0; 8];
+        size.copy_from_slice(&fixed[FIXED - 8..]);
+        let size = u64::from_be_bytes(size);
+        // What cannot be read is left out, and the event is judged by its body.
+        let properties = basic::parse_properties(properties).map(|(_, p)| p).unwrap_or_default();
+        partial.head = Some((properties, size));
+        partial.body.reserve_exact(usize::try_from(size.min(BELIEVED)).unwrap_or(0));
+        self.complete(at);
+        true
+    }
+
+    /// Whether the next body on a channel belongs to a delivery.
+    pub(super) fn awaits_body(&self, channel: u16) -> bool {
+        self.at(channel).is_some()
+    }
+
+    /// Adds a part of a body.
+    pub(super) fn body(&mut self, channel: u16, bytes: &[u8]) {
+        let Some(at) = self.at(channel) else { return };
+        let partial = &mut self.partial[at];
+        let length = (partial.body.len() + bytes.len()) as u64;
+        if partial.head.as_ref().is_none_or(|(_, size)| length > *size) {
+            return self.broken(channel);
+        }
+        partial.body.extend_from_slice(bytes);
+    }
+
+    /// A part of a body has come whole.
+    pub(super) fn body_ended(&mut self, channel: u16) {
+        if let Some(at) = self.at(channel) {
+            self.complete(at);
+        }
+    }
+
+    /// A frame came that cannot follow what came before: what is missing of a message will not come.
+    pub(super) fn broken(&mut self, channel: u16) {
+        if let Some(at) = self.at(channel) {
+            let partial = self.partial.swap_remove(at);
+            partial.inbox.change(|state| state.broken = true);
+        }
+    }
+
+    /// Hands over what is complete.
+    pub(super) fn deliver(&mut self) {
+        if let Some(inbox) = self.ready_for.take() {
+            inbox.change(|state| state.arrived.extend(self.ready.drain(..)));
+        }
+    }
+
+    fn at(&self, channel: u16) -> Option<usize> {
+        self.partial.iter().position(|partial| partial.channel == channel)
+    }
+
+    fn complete(&mut self, at: usize) {
+        let Partial { head: Some((_, size)), body, .. } = &self.partial[at] else { return };
+        if body.len() as u64 != *size {
+            return;
+        }
+        let Partial { inbox, tag, redelivered, head, body, .. } = self.partial.swap_remove(at);
+        if !self.ready_for.as_ref().is_some_and(|ready| Arc::ptr_eq(ready, &inbox)) {
+            self.deliver();
+            self.ready_for = Some(inbox);
+        }
+        let (properties, _) = head.unwrap_or_default();
+        self.ready.push(Arrival { tag, redelivered, properties, body: body.into() });
+    }
+
+    fn inbox(&mut self, channel: u16, consumer: &[u8]) -> Option<Arc<Inbox>> {
+        if let Some((of, tag, inbox)) = &self.latest
+            && *of == channel
+            && tag == consumer
+            && !inbox.closed.load(Ordering::Relaxed)
+        {
+            return Some(inbox.clone());
+        }
+        let key = (channel, consumer.to_vec());
+        let inbox = self.inboxes.lock().get(&key)?.clone();
+        self.latest = Some((channel, key.1, inbox.clone()));
+        Some(inbox)
+    }
+}
+
+/// Bytes of a content header before the properties: class, weight, and the size of the body.
+const FIXED: usize = 12;
+
+/// The consumer's tag, the number and whether it is a redelivery, of a method that is
+/// `basic.deliver`.
+pub(in crate::queue::amqp) fn delivery(payload: &[u8]) -> Option<(&[u8], u64, bool)> {
+    let rest = payload.strip_prefix(&[0, 60, 0, 60])?;
+    let (length, rest) = rest.split_first()?;
+    let (consumer, rest) = rest.split_at_checked((*length).into())?;
+    let (tag, rest) = rest.split_first_chunk()?;
+    Some((consumer, u64::from_be_bytes(*tag), *rest.first()? != 0))
+}
+
+/// A consumer that takes its deliveries from the socket.
+pub(in crate::queue::amqp) struct Consumer {
+    opened: Opened,
+    /// Says when it ends.
+    consumer: lapin::Consumer,
+    taken: VecDeque<Arrival>,
+}
+
+/// The tags of consumers, which are not used twice.
+static TAGS: AtomicU64 = AtomicU64::new(1);
+
+impl Consumer {
+    pub(in crate::queue::amqp) async fn begin(
+        channel: &Channel,
+        inboxes: &Inboxes,
+        queue: &str,
+    ) -> Result<Self, BrokerError> {
+        // Known before the broker answers: deliveries may come with its answer.
+        let tag = format!("hooktrail-{}", TAGS.fetch_add(1, Ordering::Relaxed));
+        let opened = inboxes.open(channel.id(), &tag);
+        let consumer = answer(channel.basic_consume(
+            queue.into(),
+            tag.into(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        ))
+        .await?;
+        Ok(Self { opened, consumer, taken: VecDeque::new() })
+    }
+
+    pub(in crate::queue::amqp) fn tag(&self) -> ShortString {
+        self.consumer.tag()
+    }
+
+    /// The next delivery; `None` if the broker has cancelled the consumer.
+    pub(in crate::queue::amqp) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Arrival, BrokerError>>> {
+        loop {
+            if let Some(arrival) = self.taken.pop_front() {
+                return Poll::Ready(Some(Ok(arrival)));
+            }
+            match self.opened.poll(&mut self.taken, cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(Broken)) => {
+                    return Poll::Ready(Some(Err(BrokerError {
+                        code: None,
+                        silent: false,
+                        text: "a delivery was broken off".to_owned(),
+                    })));
+                }
+                Poll::Pending => break,
+            }
+        }
+        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
+            // One that came before the inbox was open, which the broker cannot send.
+            Some(Ok(delivery)) => Some(Ok(delivery.into())),
+            Some(Err(e)) => Some(Err(BrokerError::from(e))),
+            None => None,
+        })
+    }
+}
