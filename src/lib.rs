@@ -66,7 +66,7 @@
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
 //!              · removals · waiting · queue · history · fake · embedded · amqp
-//!              amqp/ · wire · ladder · prefetch · broker_error · connection · pool · message
+//!              amqp/ · broker_error · wire · ladder · prefetch · connection · pool · message
 //!              · topology · requests · declarations · publisher · redelivery · management
 //!              · record · matching · snapshot · history_mark · history_state · shared · state_stream
 //!              · unusable · restore · walk · consumer · ownership · upkeep · follow
@@ -119,6 +119,9 @@
 //!   [`queue::Settler`], reads who is paused, and records its own pause. Besides, one
 //!   [`endpoint::webhook`] with its connections, and the [`telemetry::lane_event`]s that it
 //!   reports. No other lane, and no file.
+//! - How does a delivery get from the broker's socket to its lane? `queue/amqp/wire/reader.rs` reads,
+//!   `filter.rs` takes the frames apart, `content.rs` has the inbox that the lane waits on. Everything
+//!   but deliveries goes on to lapin.
 //! - What do we say to the broker? Names and arguments are in `queue/amqp/topology.rs`,
 //!   declarations in `declarations.rs`, all requests that can be refused in `requests.rs`, messages
 //!   in `message.rs`, publishes in `publisher.rs`, acks in `consumer.rs`. Reference:

@@ -260,19 +260,22 @@ impl queue::Source for Source {
     async fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> Result<(), QueueError> {
         let before = into.len();
         poll_fn(|cx| {
-            while into.len() - before < max {
+            let end = before + max;
+            while into.len() < end {
                 match self.envelopes.poll(cx) {
                     Poll::Ready(Ok(d)) => into.push(self.settler.0.taken_envelope(d)),
                     Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                    Poll::Pending => match self.poll_events(cx) {
-                        Poll::Ready(Ok(taken)) => into.push(taken),
-                        Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                        Poll::Pending if into.len() == before => return Poll::Pending,
-                        Poll::Pending => break,
-                    },
+                    Poll::Pending => break,
                 }
             }
-            Poll::Ready(Ok(()))
+            while into.len() < end {
+                match self.poll_events(cx) {
+                    Poll::Ready(Ok(taken)) => into.push(taken),
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                    Poll::Pending => break,
+                }
+            }
+            if into.len() == before { Poll::Pending } else { Poll::Ready(Ok(())) }
         })
         .await
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
@@ -37,6 +37,7 @@ tests_that_need!(
     a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_is_repaired,
     a_limit_on_the_queue_of_dead_letters_throws_none_away,
     a_daemon_at_rest_keeps_nothing_unacked,
+    a_connection_that_brings_nothing_but_deliveries_is_not_taken_for_silent,
     a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_than_one_copy,
     a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it,
 );
@@ -239,6 +240,32 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
         );
         assert!(daemon.stop().await.success());
         assert_eq!(broker.depth("sub.a").await, Some(0));
+    });
+}
+
+fn a_connection_that_brings_nothing_but_deliveries_is_not_taken_for_silent() {
+    run(async {
+        // Twice the interval of heartbeats, after which a silent broker would be given up. It sends
+        // none while it sends something else.
+        const SILENCE: Duration = Duration::from_secs(20);
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let (api, queue) = (Api::new(), Queue::Amqp(broker));
+        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "");
+        let setup = Setup::new(&queue, &text);
+        let daemon = setup.start().await;
+        let connects = "hooktrail_broker_connects_total{role=\"consuming\",result=\"ok\"}";
+        let (begun, before, mut published) = (Instant::now(), api.metric(connects).await, 0);
+        while begun.elapsed() < SILENCE + Duration::from_secs(5) {
+            queue.publish(TYPE, [event(published)]).await;
+            published += 1;
+            receiver.wait_all(published).await;
+        }
+        assert_eq!(api.metric(connects).await, before, "it was never connected again");
+        let log = daemon.log();
+        let troubles: Vec<_> =
+            log.lines().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect();
+        assert!(troubles.is_empty(), "{troubles:?}");
     });
 }
 

@@ -353,3 +353,139 @@ impl Consumer {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::filter::Filter, *};
+    use crate::queue::amqp::fuzzing::sorted;
+
+    fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).expect("short");
+        let [high, low] = channel.to_be_bytes();
+        [&[kind, high, low], &length.to_be_bytes()[..], payload, &[0xce]].concat()
+    }
+
+    fn deliver(channel: u16, consumer: &str, tag: u64, redelivered: bool) -> Vec<u8> {
+        let short =
+            |text: &str| [&[u8::try_from(text.len()).expect("short")], text.as_bytes()].concat();
+        let fixed = [&tag.to_be_bytes()[..], &[redelivered.into()]].concat();
+        let payload =
+            [&[0, 60, 0, 60], &short(consumer)[..], &fixed, &short("x"), &short("k")].concat();
+        frame(1, channel, &payload)
+    }
+
+    /// With a message id.
+    fn header(channel: u16, size: u64) -> Vec<u8> {
+        let payload = [&[0, 60, 0, 0], &size.to_be_bytes()[..], &[0, 0x80, 2], b"id"].concat();
+        frame(2, channel, &payload)
+    }
+
+    fn body(channel: u16, bytes: &[u8]) -> Vec<u8> {
+        frame(3, channel, bytes)
+    }
+
+    /// Any method but a delivery: `basic.ack`.
+    fn method(channel: u16) -> Vec<u8> {
+        frame(1, channel, &[0, 60, 0, 80, 0, 0, 0, 0, 0, 0, 0, 1, 0])
+    }
+
+    #[test]
+    fn deliveries_go_to_their_consumers_and_everything_else_to_lapin() {
+        let heartbeat = frame(8, 0, &[]);
+        let foreign = [deliver(3, "a", 1, false), header(3, 3), body(3, b"for"), body(3, b"")];
+        let stream = [
+            method(1),
+            deliver(1, "a", 1, false),
+            header(1, 5),
+            // Between the frames of one content may stand those of other channels.
+            deliver(2, "a", 7, true),
+            heartbeat.clone(),
+            body(1, b"he"),
+            header(2, 0),
+            method(3),
+            body(1, b""),
+            body(1, b"llo"),
+            foreign.concat(),
+            deliver(1, "b", 2, false),
+            header(1, 1),
+            body(1, b"!"),
+        ]
+        .concat();
+        let arrival = |tag, redelivered, body: &'static [u8]| Arrival {
+            tag,
+            redelivered,
+            properties: BasicProperties::default().with_message_id("id".into()),
+            body: Bytes::from_static(body),
+        };
+        for pieces in [&[usize::MAX][..], &[1], &[7, 2, 40]] {
+            let found = sorted(4096, &[(1, "a"), (2, "a"), (1, "b")], &stream, pieces);
+            assert_eq!(
+                found.taken,
+                [
+                    (vec![arrival(1, false, b"hello")], false),
+                    (vec![arrival(7, true, b"")], false),
+                    (vec![arrival(2, false, b"!")], false),
+                ]
+            );
+            let rest = [method(1), heartbeat.clone(), method(3), foreign.concat()].concat();
+            assert_eq!(found.for_lapin, rest);
+        }
+    }
+
+    #[test]
+    fn a_delivery_that_is_broken_off_ends_its_consumer_and_no_other() {
+        let begun = [deliver(1, "a", 1, false), header(1, 3), body(1, b"ab")].concat();
+        let whole = [deliver(2, "a", 4, false), header(2, 1), body(2, b"x")].concat();
+        let wrong_end = {
+            let mut frame = body(1, b"c");
+            *frame.last_mut().expect("its end") = 0;
+            frame
+        };
+        for (what, next) in [
+            ("another delivery", deliver(1, "a", 2, false)),
+            ("a method", method(1)),
+            ("a second header", header(1, 3)),
+            ("a body that is too long", body(1, b"cd")),
+            ("a header without a size", frame(2, 1, &[0, 60, 0, 0])),
+            ("a frame without an end", wrong_end),
+            ("no frame", vec![9, 0, 1, 0, 0, 0, 0, 0xce]),
+        ] {
+            let stream = [&whole[..], &begun, &next].concat();
+            let found = sorted(4096, &[(1, "a"), (2, "a")], &stream, &[5]);
+            assert_eq!(found.taken[0], (vec![], true), "{what}");
+            assert_eq!((found.taken[1].0.len(), found.taken[1].1), (1, false), "{what}");
+        }
+        let whole = [&begun[..], &body(1, b"c")].concat();
+        let found = sorted(4096, &[(1, "a"), (2, "a")], &whole, &[5]);
+        assert_eq!(
+            (found.taken[0].0.len(), found.taken[0].1),
+            (1, false),
+            "but for that it arrives"
+        );
+    }
+
+    #[test]
+    fn what_comes_for_a_consumer_that_is_gone_is_for_lapin() {
+        let inboxes = Inboxes::default();
+        let (gone, there) = (inboxes.open(1, "a"), inboxes.open(1, "b"));
+        let mut filter = Filter::new(4096).serving(inboxes);
+        let mut feed = |bytes: &[u8]| {
+            filter.room()[..bytes.len()].copy_from_slice(bytes);
+            filter.filled(bytes.len());
+            filter.take_rest()
+        };
+        let message = |consumer| [deliver(1, consumer, 1, false), header(1, 0)].concat();
+        assert_eq!(feed(&message("a")), b""[..]);
+        assert_eq!(feed(&message("b")), b""[..]);
+        drop(gone);
+        assert_eq!(feed(&message("b")), b""[..]);
+        assert_eq!(feed(&message("a")), message("a"));
+        // It goes while a message for it is under way, of which lapin has not seen the beginning.
+        assert_eq!(there.arrived().0.len(), 2);
+        let begun = [deliver(1, "b", 3, false), header(1, 2)].concat();
+        assert_eq!(feed(&begun), b""[..]);
+        drop(there);
+        assert_eq!(feed(&body(1, b"ab")), b""[..]);
+        assert_eq!(feed(&message("b")), message("b"));
+    }
+}

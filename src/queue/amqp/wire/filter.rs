@@ -99,9 +99,9 @@ impl Filter {
         std::mem::take(&mut self.out).into()
     }
 
-    /// Adds a heartbeat to the bytes for lapin, between two frames of theirs.
+    /// Gives lapin a heartbeat if there is nothing else for it, and no frame of its own is under way.
     pub(super) fn beat(&mut self) {
-        if !matches!(self.rest, Rest::Lapin(1..)) {
+        if self.out.is_empty() && !matches!(self.rest, Rest::Lapin(1..)) {
             self.out.extend_from_slice(&[8, 0, 0, 0, 0, 0, 0, END]);
         }
     }

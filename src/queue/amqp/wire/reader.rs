@@ -29,13 +29,16 @@ pub(super) struct Reader {
     incoming: Incoming,
     filter: Filter,
     to_lapin: mpsc::Sender<io::Result<Bytes>>,
+    /// When lapin was last given something.
     heard: Instant,
+    quiet: Duration,
 }
 
 impl Reader {
     pub(super) fn new(incoming: Incoming, filter: Filter) -> (Self, ForLapin) {
         let (to_lapin, chunks) = mpsc::channel(WAITING);
-        let reader = Self { incoming, filter, to_lapin, heard: clock::instant() };
+        let heard = clock::instant();
+        let reader = Self { incoming, filter, to_lapin, heard, quiet: QUIET };
         (reader, ForLapin { chunks, chunk: Bytes::new() })
     }
 
@@ -66,7 +69,7 @@ impl Reader {
     /// Gives lapin what is for it. Returns whether it is still there.
     async fn hand_over(&mut self) -> bool {
         let now = clock::instant();
-        if now.duration_since(self.heard) > QUIET {
+        if now.duration_since(self.heard) >= self.quiet {
             self.filter.beat();
         }
         let rest = self.filter.take_rest();
@@ -99,5 +102,91 @@ impl ForLapin {
         let n = out.len().min(self.chunk.len());
         self.chunk.copy_to_slice(&mut out[..n]);
         Poll::Ready(Ok(n))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::{super::content::Inboxes, *};
+
+    async fn read(for_lapin: &mut ForLapin, at_most: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; at_most];
+        let n = poll_fn(|cx| for_lapin.poll_read(cx, &mut bytes)).await?;
+        bytes.truncate(n);
+        Ok(bytes)
+    }
+
+    /// A socket that fails.
+    struct Reset;
+
+    impl tokio::io::AsyncRead for Reset {
+        fn poll_read(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+        }
+    }
+
+    const METHOD: &[u8] = &[1, 0, 1, 0, 0, 0, 4, 0, 60, 0, 21, 0xce];
+    const BROKEN: &[u8] = &[1, 0, 1, 0, 0, 0, 4, 0, 60];
+    const HEARTBEAT: &[u8] = &[8, 0, 0, 0, 0, 0, 0, 0xce];
+
+    #[tokio::test]
+    async fn lapin_reads_everything_to_the_end_in_pieces_of_its_size() {
+        let (mut broker, socket) = tokio::io::duplex(1000);
+        let (reader, mut for_lapin) = Reader::new(Box::new(socket), Filter::new(4096));
+        let reading = tokio::spawn(reader.run());
+        broker.write_all(&[METHOD, METHOD, BROKEN].concat()).await.expect("writes");
+        assert_eq!(read(&mut for_lapin, 5).await.expect("reads"), METHOD[..5]);
+        assert_eq!(
+            read(&mut for_lapin, 100).await.expect("reads"),
+            [&METHOD[5..], METHOD].concat()
+        );
+        drop(broker);
+        assert_eq!(read(&mut for_lapin, 100).await.expect("reads"), BROKEN);
+        assert_eq!(read(&mut for_lapin, 100).await.expect("ends"), b"");
+        reading.await.expect("ends");
+    }
+
+    #[tokio::test]
+    async fn lapin_is_told_why_a_socket_failed() {
+        let (reader, mut for_lapin) = Reader::new(Box::new(Reset), Filter::new(4096));
+        reader.run().await;
+        let error = read(&mut for_lapin, 100).await.expect_err("it failed");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(read(&mut for_lapin, 100).await.expect("ends"), b"");
+    }
+
+    #[tokio::test]
+    async fn deliveries_keep_lapin_alive_and_its_end_ends_the_reader() {
+        let deliver =
+            [&[1, 0, 1, 0, 0, 0, 17, 0, 60, 0, 60, 1, b'a'], &[0; 9][..], &[0, 0, 0xce]].concat();
+        let header = [&[2, 0, 1, 0, 0, 0, 14, 0, 60], &[0; 12][..], &[0xce]].concat();
+        let inboxes = Inboxes::default();
+        let opened = inboxes.open(1, "a");
+        let (mut broker, socket) = tokio::io::duplex(1000);
+        let (reader, mut for_lapin) =
+            Reader::new(Box::new(socket), Filter::new(4096).serving(inboxes));
+        let reading = tokio::spawn(Reader { quiet: Duration::ZERO, ..reader }.run());
+        broker.write_all(&[&deliver[..], &header].concat()).await.expect("writes");
+        assert_eq!(read(&mut for_lapin, 100).await.expect("reads"), HEARTBEAT);
+        assert_eq!(opened.arrived().0.len(), 1);
+        // Not in the middle of a frame of lapin's, the body of a message that nobody takes.
+        broker.write_all(&[3, 0, 1, 0, 0, 0, 2, b'x']).await.expect("writes");
+        broker.write_all(&[b'y', 0xce]).await.expect("writes");
+        let mut body = Vec::new();
+        while !body.ends_with(&[b'y', 0xce]) {
+            body.extend(read(&mut for_lapin, 100).await.expect("reads"));
+        }
+        assert!(body.ends_with(&[3, 0, 1, 0, 0, 0, 2, b'x', b'y', 0xce]), "{body:?}");
+        drop(for_lapin);
+        broker.write_all(&[&deliver[..], &header].concat()).await.expect("writes");
+        reading.await.expect("ends without its socket having ended");
     }
 }
