@@ -158,6 +158,10 @@ pub fn with_id(body: &[u8], id: &str) -> Option<WithId> {
 /// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; the parser
 /// refuses everything else anyway.
 fn deeper_than(body: &[u8], limit: usize) -> bool {
+    // Mostly there are not that many, and to count them is quick.
+    if body.iter().filter(|b| matches!(b, b'{' | b'[')).count() <= limit {
+        return false;
+    }
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for &b in body {
         if in_string {

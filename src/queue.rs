@@ -543,8 +543,8 @@ pub struct Event {
     pub published_at: Option<SystemTime>,
     /// The producer's, as W3C Trace Context has it.
     pub traceparent: Option<String>,
-    /// What its body was found to be, where the queue has read it for all lanes.
-    pub checked: Option<Checked>,
+    /// What its body was found to be.
+    pub checked: Checked,
     /// Its number in the log, where there is one: the same whenever it is taken.
     pub number: Option<u64>,
     pub receipt: Receipt,
@@ -560,7 +560,12 @@ pub struct Checked {
 
 impl Checked {
     pub fn of(body: &[u8]) -> Self {
-        Self { timestamp: head(body).map(|head| head.timestamp), print: Print::of(body) }
+        Self::with(body, Print::of(body))
+    }
+
+    /// The same, where its print is known.
+    pub fn with(body: &[u8], print: Print) -> Self {
+        Self { timestamp: head(body).map(|head| head.timestamp), print }
     }
 }
 

@@ -26,7 +26,7 @@ impl<'e> Key<'e> {
         if text.contains('\\') {
             return serde_json::from_str::<Cow<'_, str>>(text).is_ok_and(|key| key == name);
         }
-        text.strip_prefix('"').and_then(|t| t.strip_suffix('"')) == Some(name)
+        text.get(1..text.len() - 1) == Some(name)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    ops::Range,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -32,10 +31,6 @@ const LINKS: usize = 16;
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) event: Event,
-    /// The bytes of its body that were not published: the field `event_id`.
-    pub(super) added: Option<Range<usize>>,
-    /// The print of the published bytes, if other values are in its body.
-    pub(super) print: Option<Print>,
     /// What stands for it in a request body, if that is not the event itself.
     pub(super) entry: Option<Entry>,
     /// The most bytes of that.
@@ -43,18 +38,6 @@ pub(super) struct Admitted {
     /// The field `timestamp`.
     pub(super) happened_at: Option<SystemTime>,
     pub(super) arrived_at: SystemTime,
-}
-
-impl Admitted {
-    fn print(&self) -> Print {
-        let known = self.event.checked.as_ref().map(|checked| checked.print);
-        if let Some(print) = known.or(self.print) {
-            return print;
-        }
-        let body = &self.event.body;
-        let added = self.added.clone().unwrap_or_default();
-        Print::of_parts([&body[..added.start], &body[added.end..]])
-    }
 }
 
 /// A batch in flight, with what its attempt needs.
@@ -137,7 +120,7 @@ pub(super) fn first_attempt(
         events.first().map_or((None, now), |e| (e.happened_at, e.arrived_at));
     let traces = events.iter().map(|e| e.event.traceparent.as_deref());
     let trace = Trace::of(traces.map(|text| text.filter(|text| is_traceparent(text))));
-    let prints: Arc<[Print]> = events.iter().map(Admitted::print).collect();
+    let prints: Arc<[Print]> = events.iter().map(|e| e.event.checked.print).collect();
     let id = id_of(subscriber, &events, &prints);
     if let Trace::New(new) = &trace {
         log_links(subscriber, &id, new, &events);

@@ -1,15 +1,14 @@
 //! What each taken message is: an event for a batch, a retry, a dead letter, or a redelivery.
 
-use std::{ops::Range, time::SystemTime};
+use std::time::SystemTime;
 
 use super::in_flight::{Admitted, happened_at};
 use crate::{
     config::Subscriber,
-    delivery::{Batch, DeadLetter, MessageKind, Print, Reason},
+    delivery::{Batch, DeadLetter, MessageKind, Reason},
     event::{
         WithId,
         entry::{self, Entry},
-        head,
         redaction::Redaction,
         with_id,
     },
@@ -84,18 +83,10 @@ impl Sorted {
         let published = event.body.clone();
         match prepare(&mut event, subscriber, batcher) {
             Ok(None) => self.filtered.push(event.receipt),
-            Ok(Some(Prepared { timestamp, added, print, entry, bytes })) => {
+            Ok(Some(Prepared { timestamp, entry, bytes })) => {
                 let arrived_at = event.published_at.unwrap_or(now);
                 let happened_at = happened_at(timestamp);
-                self.events.push(Admitted {
-                    event,
-                    added,
-                    print,
-                    entry,
-                    bytes,
-                    happened_at,
-                    arrived_at,
-                });
+                self.events.push(Admitted { event, entry, bytes, happened_at, arrived_at });
             }
             Err((reason, error)) => {
                 let Event { content_type, message_id, receipt, .. } = event;
@@ -110,10 +101,6 @@ impl Sorted {
 struct Prepared {
     /// The field `timestamp`.
     timestamp: Option<u64>,
-    /// The bytes of the body that were not published.
-    added: Option<Range<usize>>,
-    /// The print of what was published, if values were redacted.
-    print: Option<Print>,
     entry: Option<Entry>,
     /// The most bytes of its entry.
     bytes: usize,
@@ -132,18 +119,12 @@ fn prepare(
             subscriber.batch.max_bytes
         )
     };
-    let timestamp = match &event.checked {
-        Some(checked) => checked.timestamp.clone(),
-        None => head(&event.body).map(|head| head.timestamp),
-    };
-    let timestamp = timestamp.map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
+    let timestamp = event.checked.timestamp.as_ref();
+    let timestamp = *timestamp.map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
     if !subscriber.conditions.hold(&event.body) {
         return Ok(None);
     }
-    let mut print = None;
     if let Some(redacted) = redacted(&subscriber.redaction, &event.body)? {
-        // A queue that has checked the event knows it.
-        print = event.checked.is_none().then(|| Print::of(&event.body));
         event.body = redacted.into();
     }
     let Subscriber { format, metadata, .. } = subscriber;
@@ -152,14 +133,11 @@ fn prepare(
         return Err((Reason::TooLarge, too_large()));
     }
     let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
-    let mut added = None;
-    if let Some(with_id) = id.and_then(|id| with_id(&event.body, id)) {
-        let WithId { body, added: field } = with_id;
+    if let Some(WithId { body, .. }) = id.and_then(|id| with_id(&event.body, id)) {
         if holds_event && !batcher.fits(body.len()) {
             return Err((Reason::TooLarge, format!("with its event_id {}", too_large())));
         }
         event.body = body.into();
-        added = Some(field);
     }
     let entry = entry::of(*format, metadata, &event.body, event.message_id.as_deref());
     let entry = entry.map_err(|why| (Reason::InvalidEvent, why.to_owned()))?;
@@ -167,7 +145,7 @@ fn prepare(
     if !batcher.fits(bytes) {
         return Err((Reason::TooLarge, format!("in the format {} {}", format.name(), too_large())));
     }
-    Ok(Some(Prepared { timestamp, added, print, entry, bytes }))
+    Ok(Some(Prepared { timestamp, entry, bytes }))
 }
 
 /// The event without the values that are not to be seen; `None` if it has none of them. One in which
@@ -186,7 +164,10 @@ fn redacted(redaction: &Redaction, event: &[u8]) -> Result<Option<String>, (Reas
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::testing::subscriber, lane::in_flight::first_attempt, queue::Checked};
+    use crate::{
+        config::testing::subscriber, delivery::Print, lane::in_flight::first_attempt,
+        queue::Checked,
+    };
     use bytes::Bytes;
     use std::time::Duration;
 
@@ -199,7 +180,7 @@ mod tests {
             content_type: None,
             published_at: None,
             traceparent: None,
-            checked: None,
+            checked: Checked::of(body.as_bytes()),
             number: None,
             receipt: receipt(MessageKind::Event),
         }
@@ -284,17 +265,10 @@ mod tests {
             let sorted = sorted(&subscriber, vec![Taken::Event(event(body))]);
             let batch = first_attempt(&subscriber, sorted.events, 100).batch;
             assert_eq!(batch.prints, Some([Print::of(body.as_bytes())].into()));
-            let known = |body: &str| {
-                let checked = Some(Checked::of(body.as_bytes()));
-                Taken::Event(Event { checked, ..event(body) })
-            };
-            let sorted = super::tests::sorted(&subscriber, vec![known(body), known("no JSON")]);
-            let letter = &sorted.dead[0].1;
-            assert!(letter.error.starts_with("the event is not JSON"), "{}", letter.error);
-            assert_eq!(first_attempt(&subscriber, sorted.events, 100).batch.prints, batch.prints);
         }
         let sorted = sorted(&subscriber("a", ""), vec![Taken::Event(event("no JSON"))]);
         let (_, letter) = &sorted.dead[0];
+        assert!(letter.error.starts_with("the event is not JSON"), "{}", letter.error);
         assert_eq!(letter.prints, Some([Print::of(b"no JSON")].into()));
     }
 

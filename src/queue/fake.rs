@@ -7,9 +7,9 @@ use std::{
 };
 
 use super::{
-    Begin, DeadLetters, Event, Hastened, Held, HistorySource, HistoryStart, NewEvent, Published,
-    Queue, QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, Waiting,
-    WaitingList, Window,
+    Begin, Checked, DeadLetters, Event, Hastened, Held, HistorySource, HistoryStart, NewEvent,
+    Published, Queue, QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source,
+    Taken, Waiting, WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -446,12 +446,12 @@ impl Source for End {
                     let (message_id, content_type, published_at, traceparent) =
                         (None, None, None, None);
                     into.push(Taken::Event(Event {
+                        checked: Checked::of(body.as_bytes()),
                         body: body.into(),
                         message_id,
                         content_type,
                         published_at,
                         traceparent,
-                        checked: None,
                         number: None,
                         receipt,
                     }));

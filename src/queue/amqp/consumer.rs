@@ -13,6 +13,7 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicQosOptions},
     types::ShortString,
 };
+use sha2::{Digest as _, Sha256};
 use tokio::{
     sync::{Mutex, Notify},
     task::JoinHandle,
@@ -397,16 +398,15 @@ impl Inner {
 
     fn taken_event(&self, d: Arrival) -> Taken {
         let bytes = d.body.len();
-        let fingerprint = Fingerprint::event(
-            d.properties.message_id().as_ref().map(ShortString::as_str),
-            &d.body,
-        );
+        let sha256 = Sha256::digest(&d.body).into();
+        let id = d.properties.message_id().as_ref().map(ShortString::as_str);
+        let fingerprint = Fingerprint::event(id, &sha256);
         let known = self.track(MessageKind::Event, d.tag, Some(fingerprint), d.redelivered);
         let taken = if known {
             let receipt = Receipt { from: MessageKind::Event, tag: d.tag };
             Taken::AlreadySettled { events: 1, receipt }
         } else {
-            message::taken_event(d, self.most)
+            message::taken_event(d, &sha256, self.most)
         };
         // As it is kept in memory: a body that arrived compressed is larger.
         let held = if let Taken::Event(event) = &taken { event.body.len() } else { 0 };

@@ -12,6 +12,8 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
+use sha2::{Digest as _, Sha256};
+
 use super::{
     message::{self, dead_letter, read_dead_letter, taken_envelope},
     wire::{
@@ -228,15 +230,19 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     }
 }
 
+fn taken_event(d: Delivery) -> Taken {
+    let sha256 = Sha256::digest(&d.data).into();
+    message::taken_event(d.into(), &sha256, MOST)
+}
+
 fn in_main_queue(body: &[u8], properties: &BasicProperties) {
-    match message::taken_event(delivery(body, properties).into(), MOST) {
+    match taken_event(delivery(body, properties)) {
         Taken::Event(event) => {
             let as_decoded = message::decoded(properties, body, MOST).ok().flatten();
             assert_eq!(event.body, as_decoded.as_deref().unwrap_or(body));
-            let Taken::Event(again) = message::taken_event(
-                delivery(&event.body, &message::relayed(properties)).into(),
-                MOST,
-            ) else {
+            let Taken::Event(again) =
+                taken_event(delivery(&event.body, &message::relayed(properties)))
+            else {
                 panic!("what is relayed is plain")
             };
             assert_eq!(again.body, event.body);

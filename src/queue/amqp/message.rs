@@ -21,7 +21,7 @@ use crate::{
         inflate::{Broken, Coding, inflate},
         payload::Format,
     },
-    queue::{Event, MAX_TRACEPARENT, Receipt, Taken, Waiting},
+    queue::{Checked, Event, MAX_TRACEPARENT, Receipt, Taken, Waiting},
 };
 
 const KIND: &str = "x-hooktrail-kind";
@@ -399,14 +399,17 @@ impl Undecoded {
     }
 }
 
-/// Reads an event. `most`: bytes that its body can have.
-pub(super) fn taken_event(mut d: Arrival, most: usize) -> Taken {
+/// Reads an event, of whose body this is the SHA-256. `most`: bytes that its body can have.
+pub(super) fn taken_event(d: Arrival, sha256: &[u8; 32], most: usize) -> Taken {
     let receipt = Receipt { from: MessageKind::Event, tag: d.tag };
-    match decoded(&d.properties, &d.body, most) {
-        Ok(None) => {}
-        Ok(Some(body)) => d.body = body.into(),
+    let (body, print) = match decoded(&d.properties, &d.body, most) {
+        Ok(None) => (d.body.clone(), Print::from_sha256(sha256)),
+        Ok(Some(body)) => {
+            let print = Print::of(&body);
+            (body.into(), print)
+        }
         Err(undecoded) => return Taken::Unusable(undecoded.dead_letter(d), receipt),
-    }
+    };
     let content_type = d
         .properties
         .content_type()
@@ -419,8 +422,8 @@ pub(super) fn taken_event(mut d: Arrival, most: usize) -> Taken {
         published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
         receipt,
-        body: d.body,
-        checked: None,
+        checked: Checked::with(&body, print),
+        body,
         number: None,
     })
 }
@@ -586,6 +589,8 @@ pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
 
 #[cfg(test)]
 mod tests {
+    use sha2::{Digest as _, Sha256};
+
     use super::*;
     use crate::delivery::{AttemptResult, FailedAttempt};
 
@@ -611,6 +616,11 @@ mod tests {
         let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
         d.properties = properties;
         d
+    }
+
+    fn taken(d: Delivery, most: usize) -> Taken {
+        let sha256 = Sha256::digest(&d.data).into();
+        taken_event(d.into(), &sha256, most)
     }
 
     fn an_envelope() -> Batch {
@@ -852,7 +862,7 @@ mod tests {
             (&zipped, encoded("gzip:UTF-8")),
             (&zipped, encoded("utf-8").with_headers(by_kombu)),
         ] {
-            match taken_event(delivery(body, properties.clone()).into(), plain.len()) {
+            match taken(delivery(body, properties.clone()), plain.len()) {
                 Taken::Event(event) => assert_eq!(event.body[..], plain[..]),
                 other => panic!("{properties:?}: {other:?}"),
             }
@@ -868,8 +878,7 @@ mod tests {
             ),
             (&zipped, "gzip", plain.len() - 1, Reason::TooLarge, "more than 20 bytes"),
         ] {
-            let Taken::Unusable(letter, receipt) =
-                taken_event(delivery(body, encoded(encoding)).into(), most)
+            let Taken::Unusable(letter, receipt) = taken(delivery(body, encoded(encoding)), most)
             else {
                 panic!("{encoding}")
             };
@@ -891,8 +900,8 @@ mod tests {
 
     #[test]
     fn a_timestamp_that_cannot_be_meant_is_none() {
-        let published_at = |t: u64| match taken_event(
-            delivery(b"{}", BasicProperties::default().with_timestamp(t)).into(),
+        let published_at = |t: u64| match taken(
+            delivery(b"{}", BasicProperties::default().with_timestamp(t)),
             100,
         ) {
             Taken::Event(event) => event.published_at,

@@ -50,8 +50,9 @@ pub(super) struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Some clients send an empty id for none.
-    pub(super) fn event(message_id: Option<&str>, body: &[u8]) -> Self {
+    /// The fingerprint of an event, by its producer's id and the SHA-256 of its body. Some clients
+    /// send an empty id for none.
+    pub(super) fn event(message_id: Option<&str>, body: &[u8; 32]) -> Self {
         Self::new(b"event", message_id.filter(|id| !id.is_empty()), body)
     }
 
@@ -264,6 +265,10 @@ impl LostAcks {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn event(id: Option<&str>, body: &[u8]) -> Fingerprint {
+        Fingerprint::event(id, &Sha256::digest(body).into())
+    }
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -275,7 +280,7 @@ mod tests {
     }
 
     fn fingerprint(n: u8) -> Fingerprint {
-        Fingerprint::event(Some("an id").filter(|_| n >= 2), &[n])
+        event(Some("an id").filter(|_| n >= 2), &[n])
     }
 
     proptest! {
@@ -412,13 +417,10 @@ mod tests {
 
     #[test]
     fn what_was_settled_and_not_acked_is_known_as_often_as_that_and_no_longer_than_it_may_come() {
-        let unnamed = Fingerprint::event(None, b"{}");
+        let unnamed = event(None, b"{}");
         let (settled, t) = (State::Settled { accepted: true }, now());
         let all = lost(unnamed, &[settled, TAKEN, State::Settled { accepted: false }, TAKEN]);
-        assert!(
-            !all.has(Fingerprint::event(Some("1"), b"{}"), t)
-                && !all.has(Fingerprint::event(None, b"[]"), t)
-        );
+        assert!(!all.has(event(Some("1"), b"{}"), t) && !all.has(event(None, b"[]"), t));
         assert!(all.has(unnamed, t) && all.has(unnamed, t) && !all.has(unnamed, t));
         assert!(lost(unnamed, &[settled]).has(unnamed, t + OUTAGE - LATE));
         assert!(!lost(unnamed, &[settled]).has(unnamed, t + 2 * OUTAGE));
@@ -433,11 +435,10 @@ mod tests {
     fn what_was_acked_a_moment_ago_is_known_by_its_id_alone_and_only_if_it_was_accepted() {
         let t = now();
         let acked = |accepted| State::Acked { accepted, at: t };
-        let (named, unnamed) =
-            (Fingerprint::event(Some("1"), b"{}"), Fingerprint::event(None, b"{}"));
+        let (named, unnamed) = (event(Some("1"), b"{}"), event(None, b"{}"));
         assert!(lost(named, &[acked(true)]).has(named, t));
         assert!(
-            !lost(named, &[acked(true)]).has(Fingerprint::event(Some("1"), b"[]"), t),
+            !lost(named, &[acked(true)]).has(event(Some("1"), b"[]"), t),
             "the id of another event"
         );
         assert!(
@@ -462,7 +463,7 @@ mod tests {
 
     #[test]
     fn what_was_recognised_is_accepted_only_if_it_was_so_before() {
-        let (t, named) = (now(), Fingerprint::event(Some("1"), b"{}"));
+        let (t, named) = (now(), event(Some("1"), b"{}"));
         for accepted in [true, false] {
             let first = lost(named, &[State::Settled { accepted }]);
             assert_eq!(first.recognise(named, t), Some(accepted));
@@ -480,7 +481,7 @@ mod tests {
 
     #[test]
     fn an_empty_id_is_none() {
-        assert_eq!(Fingerprint::event(Some(""), b"{}"), Fingerprint::event(None, b"{}"));
+        assert_eq!(event(Some(""), b"{}"), event(None, b"{}"));
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Stored {
             content_type: None,
             published_at: Some(from_millis(self.at)).filter(|at| clock::is_sane(*at, clock::now())),
             traceparent: self.traceparent.clone(),
-            checked: self.checked.clone(),
+            checked: self.checked.clone().unwrap_or_else(|| Checked::of(&self.body)),
             number: Some(self.seq.unsigned_abs()),
             receipt: Receipt { from: MessageKind::Event, tag: self.seq.unsigned_abs() },
         }
