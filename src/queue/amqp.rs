@@ -1,6 +1,6 @@
 //! The queue on RabbitMQ. Nothing outside of this module knows AMQP.
 //!
-//! - `wire`: what no message may do to a connection
+//! - `wire`: reads the socket: deliveries go to their consumers, everything else to lapin, made harmless
 //! - `ladder`: how any delay is made of 19 queues
 //! - `prefetch`: how many messages may be on their way, by their sizes
 //! - `broker_error`: what the broker says to a request that it does not carry out

@@ -57,7 +57,7 @@ pub(super) fn sorted(
     }
     filter.end();
     for_lapin.extend_from_slice(&filter.take_rest());
-    Sorted { for_lapin, taken: opened.iter().map(Opened::arrived).collect() }
+    Sorted { for_lapin, taken: opened.iter().map(Opened::take_arrived).collect() }
 }
 
 /// The filtered bytes, when no consumer takes its deliveries itself.

@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::Bytes;
@@ -73,7 +73,7 @@ pub(in crate::queue::amqp) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        self.inbox.closed.store(true, Ordering::Relaxed);
+        self.inbox.close();
         self.inboxes.lock().remove(&self.key);
     }
 }
@@ -83,7 +83,8 @@ impl Opened {
     fn poll(&self, into: &mut VecDeque<Arrival>, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let mut state = self.inbox.lock();
         if !state.arrived.is_empty() {
-            std::mem::swap(into, &mut state.arrived);
+            // Room for many is not kept: there are thousands of consumers.
+            *into = std::mem::take(&mut state.arrived);
             return Poll::Ready(Ok(()));
         }
         if state.broken {
@@ -97,7 +98,7 @@ impl Opened {
 
     /// Everything that has arrived, and whether a delivery was broken off.
     #[cfg(any(test, fuzzing))]
-    pub(in crate::queue::amqp) fn arrived(&self) -> (Vec<Arrival>, bool) {
+    pub(in crate::queue::amqp) fn take_arrived(&self) -> (Vec<Arrival>, bool) {
         let mut state = self.inbox.lock();
         (state.arrived.drain(..).collect(), state.broken)
     }
@@ -111,7 +112,7 @@ struct Broken;
 #[derive(Debug, Default)]
 struct Inbox {
     state: Mutex<State>,
-    /// Nobody takes from it any more.
+    /// Set under the lock.
     closed: AtomicBool,
 }
 
@@ -125,6 +126,26 @@ struct State {
 impl Inbox {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody takes from it any more, so it keeps nothing.
+    fn close(&self) {
+        let mut state = self.lock();
+        self.closed.store(true, Ordering::Relaxed);
+        state.arrived = VecDeque::new();
+        state.waker = None;
+    }
+
+    fn push(&self, arrived: &mut VecDeque<Arrival>) {
+        self.change(|state| {
+            if self.closed.load(Ordering::Relaxed) {
+                arrived.clear();
+            } else if state.arrived.is_empty() {
+                state.arrived = std::mem::take(arrived);
+            } else {
+                state.arrived.append(arrived);
+            }
+        });
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -160,20 +181,34 @@ pub(super) struct Contents {
     /// At most one of a channel.
     partial: Vec<Partial>,
     /// What is complete and not handed over, all for one inbox.
-    ready: Vec<Arrival>,
+    ready: VecDeque<Arrival>,
     ready_for: Option<Arc<Inbox>>,
+    /// There has been a delivery for one of the consumers.
+    pub(super) has_taken: bool,
 }
 
 impl Contents {
     pub(super) const fn new(inboxes: Inboxes) -> Self {
-        Self { inboxes, latest: None, partial: Vec::new(), ready: Vec::new(), ready_for: None }
+        Self {
+            inboxes,
+            latest: None,
+            partial: Vec::new(),
+            ready: VecDeque::new(),
+            ready_for: None,
+            has_taken: false,
+        }
     }
 
     /// Whether a method is a delivery for one of the consumers; its content follows.
     pub(super) fn method(&mut self, channel: u16, payload: &[u8]) -> bool {
+        if payload.starts_with(CHANNEL_CLOSE) {
+            // lapin says why the consumer ends.
+            self.partial.retain(|partial| partial.channel != channel);
+        }
         self.broken(channel);
         let Some((consumer, tag, redelivered)) = delivery(payload) else { return false };
         let Some(inbox) = self.inbox(channel, consumer) else { return false };
+        self.has_taken = true;
         self.partial.push(Partial {
             channel,
             inbox,
@@ -232,15 +267,23 @@ impl Contents {
     /// A frame came that cannot follow what came before: what is missing of a message will not come.
     pub(super) fn broken(&mut self, channel: u16) {
         if let Some(at) = self.at(channel) {
+            self.deliver(); // what was complete before it
             let partial = self.partial.swap_remove(at);
             partial.inbox.change(|state| state.broken = true);
+        }
+    }
+
+    /// Nothing that comes belongs to a message any more.
+    pub(super) fn all_broken(&mut self) {
+        while let Some(channel) = self.partial.first().map(|partial| partial.channel) {
+            self.broken(channel);
         }
     }
 
     /// Hands over what is complete.
     pub(super) fn deliver(&mut self) {
         if let Some(inbox) = self.ready_for.take() {
-            inbox.change(|state| state.arrived.extend(self.ready.drain(..)));
+            inbox.push(&mut self.ready);
         }
     }
 
@@ -253,13 +296,14 @@ impl Contents {
         if body.len() as u64 != *size {
             return;
         }
-        let Partial { inbox, tag, redelivered, head, body, .. } = self.partial.swap_remove(at);
+        let Partial { inbox, tag, redelivered, head, mut body, .. } = self.partial.swap_remove(at);
+        body.shrink_to_fit(); // it has grown if it is longer than was believed
         if !self.ready_for.as_ref().is_some_and(|ready| Arc::ptr_eq(ready, &inbox)) {
             self.deliver();
             self.ready_for = Some(inbox);
         }
         let (properties, _) = head.unwrap_or_default();
-        self.ready.push(Arrival { tag, redelivered, properties, body: body.into() });
+        self.ready.push_back(Arrival { tag, redelivered, properties, body: body.into() });
     }
 
     fn inbox(&mut self, channel: u16, consumer: &[u8]) -> Option<Arc<Inbox>> {
@@ -276,6 +320,9 @@ impl Contents {
         Some(inbox)
     }
 }
+
+/// The beginning of a method that is `channel.close`.
+const CHANNEL_CLOSE: &[u8] = &[0, 20, 0, 40];
 
 /// Bytes of a content header before the properties: class, weight, and the size of the body.
 const FIXED: usize = 12;
@@ -296,6 +343,8 @@ pub(in crate::queue::amqp) struct Consumer {
     /// Says when it ends.
     consumer: lapin::Consumer,
     taken: VecDeque<Arrival>,
+    /// How it has ended.
+    end: Option<Option<BrokerError>>,
 }
 
 /// The tags of consumers, which are not used twice.
@@ -308,7 +357,8 @@ impl Consumer {
         queue: &str,
     ) -> Result<Self, BrokerError> {
         // Known before the broker answers: deliveries may come with its answer.
-        let tag = format!("hooktrail-{}", TAGS.fetch_add(1, Ordering::Relaxed));
+        // The broker requeues in the order of the tags what several consumers of a channel have.
+        let tag = format!("hooktrail-{:020}", TAGS.fetch_add(1, Ordering::Relaxed));
         let opened = inboxes.open(channel.id(), &tag);
         let consumer = answer(channel.basic_consume(
             queue.into(),
@@ -317,7 +367,7 @@ impl Consumer {
             FieldTable::default(),
         ))
         .await?;
-        Ok(Self { opened, consumer, taken: VecDeque::new() })
+        Ok(Self { opened, consumer, taken: VecDeque::new(), end: None })
     }
 
     pub(in crate::queue::amqp) fn tag(&self) -> ShortString {
@@ -334,7 +384,7 @@ impl Consumer {
                 return Poll::Ready(Some(Ok(arrival)));
             }
             match self.opened.poll(&mut self.taken, cx) {
-                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Ok(())) => continue,
                 Poll::Ready(Err(Broken)) => {
                     return Poll::Ready(Some(Err(BrokerError {
                         code: None,
@@ -342,15 +392,19 @@ impl Consumer {
                         text: "a delivery was broken off".to_owned(),
                     })));
                 }
-                Poll::Pending => break,
+                Poll::Pending => {}
+            }
+            if let Some(end) = self.end.take() {
+                return Poll::Ready(end.map(Err));
+            }
+            match ready!(Pin::new(&mut self.consumer).poll_next(cx)) {
+                // One that came before the inbox was open, which the broker cannot send.
+                Some(Ok(delivery)) => return Poll::Ready(Some(Ok(delivery.into()))),
+                // lapin gets an end after the inbox has what came before it: that is first.
+                Some(Err(e)) => self.end = Some(Some(BrokerError::from(e))),
+                None => self.end = Some(None),
             }
         }
-        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
-            // One that came before the inbox was open, which the broker cannot send.
-            Some(Ok(delivery)) => Some(Ok(delivery.into())),
-            Some(Err(e)) => Some(Err(BrokerError::from(e))),
-            None => None,
-        })
     }
 }
 
@@ -441,6 +495,14 @@ mod tests {
             *frame.last_mut().expect("its end") = 0;
             frame
         };
+        // What came whole before it, in the same read, arrives.
+        let both = [&deliver(1, "a", 8, false), &header(1, 0), &begun[..], &method(1)].concat();
+        let found = sorted(4096, &[(1, "a")], &both, &[usize::MAX]);
+        assert_eq!((found.taken[0].0.len(), found.taken[0].1), (1, true));
+        // Of a channel that is closed lapin says why.
+        let closed = frame(1, 1, &[0, 20, 0, 40, 1, 64, 0, 0, 60, 0, 60]);
+        let found = sorted(4096, &[(1, "a")], &[&begun[..], &closed].concat(), &[5]);
+        assert_eq!((&found.taken[0], found.for_lapin), (&(vec![], false), closed));
         for (what, next) in [
             ("another delivery", deliver(1, "a", 2, false)),
             ("a method", method(1)),
@@ -481,7 +543,7 @@ mod tests {
         assert_eq!(feed(&message("b")), b""[..]);
         assert_eq!(feed(&message("a")), message("a"));
         // It goes while a message for it is under way, of which lapin has not seen the beginning.
-        assert_eq!(there.arrived().0.len(), 2);
+        assert_eq!(there.take_arrived().0.len(), 2);
         let begun = [deliver(1, "b", 3, false), header(1, 2)].concat();
         assert_eq!(feed(&begun), b""[..]);
         drop(there);

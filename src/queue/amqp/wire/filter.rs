@@ -99,9 +99,11 @@ impl Filter {
         std::mem::take(&mut self.out).into()
     }
 
-    /// Gives lapin a heartbeat if there is nothing else for it, and no frame of its own is under way.
+    /// Gives lapin a heartbeat if there is nothing but deliveries, and no frame of its own is under
+    /// way.
     pub(super) fn beat(&mut self) {
-        if self.out.is_empty() && !matches!(self.rest, Rest::Lapin(1..)) {
+        let is_between = !matches!(self.rest, Rest::Lapin(1..));
+        if self.contents.has_taken && self.out.is_empty() && is_between {
             self.out.extend_from_slice(&[8, 0, 0, 0, 0, 0, 0, END]);
         }
     }
@@ -144,7 +146,8 @@ impl Filter {
                     self.at += FRAME_END;
                     self.contents.body_ended(channel);
                 } else if ended {
-                    return self.misframed(channel);
+                    self.out.push(0xff); // it begins no frame, so that lapin does not wait for the rest of one
+                    return self.misframed();
                 }
                 self.rest = if ended { NOTHING } else { Rest::Body(channel, left - n) };
                 return ended;
@@ -161,7 +164,7 @@ impl Filter {
                 self.rest = Rest::Lapin(frame);
             }
             1 | 2 if !is_here => return false,
-            1 | 2 if there[frame - FRAME_END] != END => return self.misframed(channel),
+            1 | 2 if there[frame - FRAME_END] != END => return self.misframed(),
             1 => {
                 let frame = &mut there[..frame];
                 let payload = &mut frame[FRAME_HEADER..FRAME_HEADER + length];
@@ -190,14 +193,14 @@ impl Filter {
                 self.rest = Rest::Body(channel, length);
             }
             3 | 8 => self.rest = Rest::Lapin(frame), // body, heartbeat
-            _ => return self.misframed(channel),
+            _ => return self.misframed(),
         }
         true
     }
 
     /// What comes is not AMQP 0-9-1 after all: for lapin to say.
-    fn misframed(&mut self, channel: u16) -> bool {
-        self.contents.broken(channel);
+    fn misframed(&mut self) -> bool {
+        self.contents.all_broken();
         self.rest = Rest::Lapin(usize::MAX);
         true
     }

@@ -53,6 +53,9 @@ impl Reader {
                 }
                 Ok(n) => {
                     self.filter.filled(n);
+                    if clock::instant().duration_since(self.heard) >= self.quiet {
+                        self.filter.beat();
+                    }
                     self.hand_over().await
                 }
                 Err(e) => {
@@ -68,15 +71,11 @@ impl Reader {
 
     /// Gives lapin what is for it. Returns whether it is still there.
     async fn hand_over(&mut self) -> bool {
-        let now = clock::instant();
-        if now.duration_since(self.heard) >= self.quiet {
-            self.filter.beat();
-        }
         let rest = self.filter.take_rest();
         if rest.is_empty() {
             return !self.to_lapin.is_closed();
         }
-        self.heard = now;
+        self.heard = clock::instant();
         self.to_lapin.send(Ok(rest)).await.is_ok()
     }
 }
@@ -176,7 +175,7 @@ mod tests {
         let reading = tokio::spawn(Reader { quiet: Duration::ZERO, ..reader }.run());
         broker.write_all(&[&deliver[..], &header].concat()).await.expect("writes");
         assert_eq!(read(&mut for_lapin, 100).await.expect("reads"), HEARTBEAT);
-        assert_eq!(opened.arrived().0.len(), 1);
+        assert_eq!(opened.take_arrived().0.len(), 1);
         // Not in the middle of a frame of lapin's, the body of a message that nobody takes.
         broker.write_all(&[3, 0, 1, 0, 0, 0, 2, b'x']).await.expect("writes");
         broker.write_all(&[b'y', 0xce]).await.expect("writes");
