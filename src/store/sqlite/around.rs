@@ -53,6 +53,11 @@ pub(super) fn set(db: &Connection, key: &str, value: impl rusqlite::ToSql) -> ru
         .map(drop)
 }
 
+/// Returns whether it was set.
+pub(super) fn remove(db: &Connection, key: &str) -> rusqlite::Result<bool> {
+    db.execute("DELETE FROM meta WHERE key = ?1", [key]).map(|rows| rows > 0)
+}
+
 /// Records what subscribers are to get from now on.
 pub(super) fn subscribed(
     db: &Connection,

@@ -19,7 +19,7 @@ use super::{
     around,
     chunk::{self, Chunk},
     deliveries,
-    fault::{Fault, millis},
+    fault::{Fault, millis, time},
     schema::{self, ASIDE, HISTORY_FILE, LOCK, STORE_FILE},
     source::Source,
 };
@@ -73,6 +73,13 @@ pub(super) const RESERVED: i64 = 1_000_000;
 
 /// The key, in the precious file, of whether there ever was a history.
 const HAD_HISTORY: &str = "had_history";
+
+/// Key in history's file: it was begun while the precious file was away, which alone can say whether
+/// there was a history before.
+const BEGUN_ALONE: &str = "begun_alone";
+
+/// Why history began again, where there is no more to be said of it.
+const GONE: &str = "the file before it was deleted or emptied";
 
 /// Damaged files that are kept.
 const KEPT: usize = 3;
@@ -382,8 +389,9 @@ pub(super) async fn adopt(
         None => None,
     };
     if had_history.is_some() {
-        because.get_or_insert_with(|| "the file before it was deleted or emptied".to_owned());
+        because.get_or_insert_with(|| GONE.to_owned());
     }
+    let is_alone = store.is_none();
     let log_end = match config.log.clone() {
         Some(open) => {
             let end = tokio::task::spawn_blocking(move || open()?.end()).await;
@@ -394,9 +402,18 @@ pub(super) async fn adopt(
     let (now, retention) = (clock::now(), config.history.retention);
     let adopt = move |db: &Connection| {
         if around::get(db, "begun")?.is_none() {
-            begin(db, because.as_deref(), now, retention)?;
+            around::set(db, "begun", millis(now))?;
+            if let Some(because) = because {
+                began_again(db, &because, now, retention)?;
+            } else if is_alone {
+                around::set(db, BEGUN_ALONE, 1)?;
+            }
         } else if let Some(lacks) = lacks {
             around::lack_the_last(db, lacks, now)?;
+        }
+        if !is_alone && around::remove(db, BEGUN_ALONE)? && had_history.is_some() {
+            let begun = around::get(db, "begun")?.map_or(now, time);
+            began_again(db, GONE, begun, retention)?;
         }
         deliveries::interrupt(db)?;
         adopt_events(db, log_end, now)
@@ -429,20 +446,18 @@ pub(super) async fn adopt(
     Ok(Some(Open::new(config, history, store, numbers)))
 }
 
-/// Begins a history, with the gap that it has if there was one before it.
-fn begin(
+/// Records that there was a history before the one that began then: it has a gap.
+fn began_again(
     db: &Connection,
-    because: Option<&str>,
-    now: SystemTime,
+    because: &str,
+    begun: SystemTime,
     retention: Duration,
 ) -> rusqlite::Result<()> {
-    around::set(db, "begun", millis(now))?;
-    let Some(because) = because else { return Ok(()) };
     around::set(db, "begun_because", because)?;
-    let from = now.checked_sub(retention).unwrap_or(now);
+    let from = begun.checked_sub(retention).unwrap_or(begun);
     for what in ["events", "deliveries"] {
         let why = format!("history began again: {because}");
-        around::add_gap(db, &Gap { from, until: now, what, why, missing: None })?;
+        around::add_gap(db, &Gap { from, until: begun, what, why, missing: None })?;
     }
     Ok(())
 }

@@ -181,6 +181,37 @@ async fn a_history_that_was_deleted_or_emptied_between_two_daemons_has_a_gap() {
     }
 }
 
+#[tokio::test]
+async fn a_history_that_began_while_the_store_was_away_learns_from_it_that_there_was_one_before() {
+    for was_deleted in [false, true] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (path, precious) = (dir.path().join("history.db"), dir.path().join("store.db"));
+        let away = dir.path().join("away");
+        if was_deleted {
+            let store = start(config(dir.path())).await;
+            append(&store, 0..10).await;
+            store.close(true).await;
+            std::fs::remove_file(&path).expect("removes");
+            std::fs::rename(&precious, &away).expect("renames");
+        }
+        std::fs::create_dir(&precious).expect("no file can be opened there");
+        let store = SqliteStore::start_with(config(dir.path()), 7, roomy);
+        in_state(&store, |state| state.history == HistoryState::Open).await;
+        assert_eq!(gaps(&store).await, [], "nothing says that there was a history");
+        std::fs::remove_dir(&precious).expect("removes");
+        if was_deleted {
+            std::fs::rename(&away, &precious).expect("renames");
+        }
+        store.close(true).await;
+        let store = start(config(dir.path())).await;
+        let found = gaps(&store).await;
+        let (events, deliveries) = (|g: &Gap| g.what == "events", |g: &Gap| g.what == "deliveries");
+        assert_eq!(found.iter().any(events), was_deleted, "{found:?}");
+        assert_eq!(found.iter().any(deliveries), was_deleted, "{found:?}");
+        store.close(true).await;
+    }
+}
+
 static FREE: AtomicU64 = AtomicU64::new(u64::MAX);
 
 #[tokio::test]
