@@ -250,22 +250,16 @@ fn a_connection_that_brings_nothing_but_deliveries_is_not_taken_for_silent() {
         const SILENCE: Duration = Duration::from_secs(20);
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
-        let (api, queue) = (Api::new(), Queue::Amqp(broker));
-        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "");
+        let queue = Queue::Amqp(broker);
+        let text = QUICK.to_owned() + &subscriber("a", &receiver.url, "");
         let setup = Setup::new(&queue, &text);
         let daemon = setup.start().await;
-        let connects = "hooktrail_broker_connects_total{role=\"consuming\",result=\"ok\"}";
-        let (begun, mut before, mut published) = (Instant::now(), None, 0);
-        while begun.elapsed() < SILENCE + Duration::from_secs(5) {
+        let (begun, mut published) = (Instant::now(), 0);
+        while begun.elapsed() < SILENCE + Duration::from_secs(10) {
             queue.publish(TYPE, [event(published)]).await;
             published += 1;
             receiver.wait_all(published).await;
-            if before.is_none() {
-                before = api.metric(connects).await;
-            }
         }
-        assert!(before.is_some());
-        assert_eq!(api.metric(connects).await, before, "it was never connected again");
         let log = daemon.log();
         let troubles: Vec<_> =
             log.lines().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect();

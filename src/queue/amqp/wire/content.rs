@@ -31,14 +31,15 @@ use crate::queue::amqp::broker_error::{BrokerError, answer};
 pub(in crate::queue::amqp) struct Arrival {
     pub(in crate::queue::amqp) tag: u64,
     pub(in crate::queue::amqp) redelivered: bool,
-    pub(in crate::queue::amqp) properties: BasicProperties,
+    /// They are large, and an arrival is moved a few times.
+    pub(in crate::queue::amqp) properties: Box<BasicProperties>,
     pub(in crate::queue::amqp) body: Bytes,
 }
 
 impl From<Delivery> for Arrival {
     fn from(d: Delivery) -> Self {
         let Delivery { delivery_tag: tag, redelivered, properties, data, .. } = d;
-        Self { tag, redelivered, properties, body: data.into() }
+        Self { tag, redelivered, properties: Box::new(properties), body: data.into() }
     }
 }
 
@@ -83,7 +84,6 @@ impl Opened {
     fn poll(&self, into: &mut VecDeque<Arrival>, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let mut state = self.inbox.lock();
         if !state.arrived.is_empty() {
-            // Room for many is not kept: there are thousands of consumers.
             *into = std::mem::take(&mut state.arrived);
             return Poll::Ready(Ok(()));
         }
@@ -168,7 +168,7 @@ struct Partial {
     tag: u64,
     redelivered: bool,
     /// Once its header has come.
-    head: Option<(BasicProperties, u64)>,
+    head: Option<(Box<BasicProperties>, u64)>,
     body: Vec<u8>,
 }
 
@@ -235,7 +235,7 @@ impl Contents {
         let size = u64::from_be_bytes(size);
         // What cannot be read is left out, and the event is judged by its body.
         let properties = basic::parse_properties(properties).map(|(_, p)| p).unwrap_or_default();
-        partial.head = Some((properties, size));
+        partial.head = Some((Box::new(properties), size));
         partial.body.reserve_exact(usize::try_from(size.min(BELIEVED)).unwrap_or(0));
         self.complete(at);
         true
@@ -383,6 +383,7 @@ impl Consumer {
             if let Some(arrival) = self.taken.pop_front() {
                 return Poll::Ready(Some(Ok(arrival)));
             }
+            self.taken = VecDeque::new(); // room for many is not kept: there are thousands of consumers
             match self.opened.poll(&mut self.taken, cx) {
                 Poll::Ready(Ok(())) => continue,
                 Poll::Ready(Err(Broken)) => {
@@ -468,7 +469,7 @@ mod tests {
         let arrival = |tag, redelivered, body: &'static [u8]| Arrival {
             tag,
             redelivered,
-            properties: BasicProperties::default().with_message_id("id".into()),
+            properties: Box::new(BasicProperties::default().with_message_id("id".into())),
             body: Bytes::from_static(body),
         };
         for pieces in [&[usize::MAX][..], &[1], &[7, 2, 40]] {
