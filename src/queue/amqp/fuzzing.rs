@@ -121,6 +121,16 @@ pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
 /// Consumers that take their deliveries themselves. Their tags are short, for a fuzzer to find.
 const CONSUMERS: [(u16, &str); 3] = [(1, "a"), (1, "b"), (2, "a")];
 
+/// A delivery of which not everything was seen.
+struct Content {
+    /// The consumer.
+    to: usize,
+    tag: u64,
+    /// Bytes of the body, once its header was seen.
+    missing: Option<u64>,
+    body: Vec<u8>,
+}
+
 /// What the consumers take is what stands in the frames, read one after the other.
 fn deliveries(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
     let found = sorted(frame_max, &CONSUMERS, bytes, pieces);
@@ -134,8 +144,7 @@ fn deliveries(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
     let all_are = frames.iter().all(is_sound);
     let frames = frames.into_iter().take_while(is_sound);
     let mut expected = CONSUMERS.map(|_| Vec::new());
-    // Of each channel: the consumer, the tag, the bytes that are missing once that is known, the body.
-    let mut open: HashMap<[u8; 2], (usize, u64, Option<u64>, Vec<u8>)> = HashMap::new();
+    let mut open: HashMap<[u8; 2], Content> = HashMap::new();
     for frame in frames {
         let channel = [frame[1], frame[2]];
         let payload = &frame[FRAME_HEADER..frame.len() - FRAME_END];
@@ -147,11 +156,15 @@ fn deliveries(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
                         on.to_be_bytes() == channel && tag.as_bytes() == consumer
                     })
                 {
-                    open.insert(channel, (to, number, None, Vec::new()));
+                    open.insert(
+                        channel,
+                        Content { to, tag: number, missing: None, body: Vec::new() },
+                    );
                 }
             }
             2 | 3 => {
-                let Some((to, tag, missing, mut body)) = open.remove(&channel) else { continue };
+                let Some(content) = open.remove(&channel) else { continue };
+                let Content { to, tag, missing, mut body } = content;
                 let missing = match (frame[0], missing) {
                     (2, None) if payload.len() >= 12 => {
                         u64::from_be_bytes(payload[4..12].try_into().expect("eight"))
@@ -163,7 +176,7 @@ fn deliveries(frame_max: usize, bytes: &[u8], pieces: &[usize]) {
                     _ => continue,
                 };
                 if missing > 0 {
-                    open.insert(channel, (to, tag, Some(missing), body));
+                    open.insert(channel, Content { to, tag, missing: Some(missing), body });
                 } else {
                     expected[to].push((tag, body));
                 }

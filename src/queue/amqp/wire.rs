@@ -174,7 +174,7 @@ impl Reactor for Streams {
         &self,
         _: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        async { Err(io::ErrorKind::Unsupported.into()) } // only `connect` makes connections
+        std::future::ready(Err(io::ErrorKind::Unsupported.into())) // only `connect` makes connections
     }
 }
 

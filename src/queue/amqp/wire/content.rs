@@ -46,21 +46,26 @@ impl From<Delivery> for Arrival {
 /// Bytes of a body for which there is room before any of them is there.
 const BELIEVED: u64 = 1 << 20;
 
+/// A consumer's channel and tag.
+type Address = (u16, Vec<u8>);
+
+type ByAddress = HashMap<Address, Arc<Inbox>>;
+
 /// The consumers of a connection that take their deliveries themselves.
 #[derive(Debug, Clone, Default)]
-pub(in crate::queue::amqp) struct Inboxes(Arc<Mutex<HashMap<(u16, Vec<u8>), Arc<Inbox>>>>);
+pub(in crate::queue::amqp) struct Inboxes(Arc<Mutex<ByAddress>>);
 
 impl Inboxes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<(u16, Vec<u8>), Arc<Inbox>>> {
+    fn lock(&self) -> MutexGuard<'_, ByAddress> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The inbox of a consumer that begins now.
     pub(in crate::queue::amqp) fn open(&self, channel: u16, tag: &str) -> Opened {
         let inbox = Arc::new(Inbox::default());
-        let key = (channel, tag.as_bytes().to_vec());
-        self.lock().insert(key.clone(), inbox.clone());
-        Opened { inboxes: self.clone(), key, inbox }
+        let address = (channel, tag.as_bytes().to_vec());
+        self.lock().insert(address.clone(), inbox.clone());
+        Opened { inboxes: self.clone(), address, inbox }
     }
 }
 
@@ -68,14 +73,14 @@ impl Inboxes {
 #[derive(Debug)]
 pub(in crate::queue::amqp) struct Opened {
     inboxes: Inboxes,
-    key: (u16, Vec<u8>),
+    address: Address,
     inbox: Arc<Inbox>,
 }
 
 impl Drop for Opened {
     fn drop(&mut self) {
         self.inbox.close();
-        self.inboxes.lock().remove(&self.key);
+        self.inboxes.lock().remove(&self.address);
     }
 }
 
@@ -177,7 +182,7 @@ struct Partial {
 pub(super) struct Contents {
     inboxes: Inboxes,
     /// That of the latest delivery: the next one is mostly for the same.
-    latest: Option<(u16, Vec<u8>, Arc<Inbox>)>,
+    latest: Option<(Address, Arc<Inbox>)>,
     /// At most one of a channel.
     partial: Vec<Partial>,
     /// What is complete and not handed over, all for one inbox.
@@ -307,16 +312,16 @@ impl Contents {
     }
 
     fn inbox(&mut self, channel: u16, consumer: &[u8]) -> Option<Arc<Inbox>> {
-        if let Some((of, tag, inbox)) = &self.latest
+        if let Some(((of, tag), inbox)) = &self.latest
             && *of == channel
             && tag == consumer
             && !inbox.closed.load(Ordering::Relaxed)
         {
             return Some(inbox.clone());
         }
-        let key = (channel, consumer.to_vec());
-        let inbox = self.inboxes.lock().get(&key)?.clone();
-        self.latest = Some((channel, key.1, inbox.clone()));
+        let address = (channel, consumer.to_vec());
+        let inbox = self.inboxes.lock().get(&address)?.clone();
+        self.latest = Some((address, inbox.clone()));
         Some(inbox)
     }
 }
