@@ -5,6 +5,7 @@
 //! nothing parses and prints them.
 
 pub mod audience;
+mod check;
 pub mod condition;
 pub mod details;
 pub mod entry;
@@ -29,6 +30,7 @@ pub use self::{
 use std::{borrow::Cow, fmt, ops::Range};
 
 use serde::de::{Deserializer as _, IgnoredAny};
+use serde_json::value::RawValue;
 
 use self::fields::{HasKey, HeadFields};
 
@@ -106,6 +108,9 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     }
     let text =
         std::str::from_utf8(body).map_err(|e| InvalidEvent::NotUtf8 { at: e.valid_up_to() })?;
+    if let Some(check::Found { event_type, timestamp }) = check::fields(text) {
+        return read_head(event_type, timestamp);
+    }
     match text.trim_start_matches([' ', '\t', '\r', '\n']).as_bytes().first() {
         None => return Err(InvalidEvent::Empty),
         Some(b'{') if deeper_than(body, MAX_DEPTH) => return Err(InvalidEvent::TooDeep),
@@ -120,13 +125,21 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     let mut json = serde_json::Deserializer::from_str(text);
     let found = json.deserialize_map(HeadFields).and_then(|found| json.end().map(|()| found));
     let (event_type, timestamp) = found.map_err(|e| InvalidEvent::NotJson(e.to_string()))?;
+    read_head(event_type.map(RawValue::get), timestamp.map(RawValue::get))
+}
+
+/// Reads the fields as they are written.
+fn read_head<'e>(
+    event_type: Option<&'e str>,
+    timestamp: Option<&str>,
+) -> Result<Head<'e>, InvalidEvent> {
     let event_type = event_type.ok_or(InvalidEvent::TypeMissing)?;
-    let event_type = key::string(event_type.get()).ok_or(InvalidEvent::TypeNotAString)?;
+    let event_type = key::string(event_type).ok_or(InvalidEvent::TypeNotAString)?;
     let event_type = event_type
         .map_err(|e| InvalidEvent::NotJson(format!("its field `event`, read alone: {e}")))?;
     match event_type.len() {
         len if len > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(len)),
-        _ => Ok(Head { event_type, timestamp: timestamp.and_then(|t| t.get().parse().ok()) }),
+        _ => Ok(Head { event_type, timestamp: timestamp.and_then(|t| t.parse().ok()) }),
     }
 }
 

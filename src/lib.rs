@@ -39,7 +39,7 @@
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
-//!              · details · inflate · payload · key · fields · scan · entry · pattern · pointer · redaction
+//!              · check · details · inflate · payload · key · fields · scan · entry · pattern · pointer · redaction
 //!              · condition · tenant · matcher · audience · event
 //! delivery/                 the nouns, each defined once
 //!              · subscriber_name · outcome · attempt_log · print · trace · batch · dead_letter
