@@ -25,7 +25,7 @@ use super::{
     ladder,
     message::{self, Message},
     pool::Lease,
-    prefetch::{Sizes, is_other},
+    prefetch::{Sizes, is_other, size},
     publisher::PublishResult,
     redelivery::{Fingerprint, LostAcks, Track},
     restore,
@@ -397,7 +397,7 @@ impl Inner {
     }
 
     fn taken_event(&self, d: Arrival) -> Taken {
-        let bytes = d.body.len();
+        let size = size(d.body.len(), &d.properties);
         let sha256 = Sha256::digest(&d.body).into();
         let id = d.properties.message_id().as_ref().map(ShortString::as_str);
         let fingerprint = Fingerprint::event(id, &sha256);
@@ -410,7 +410,7 @@ impl Inner {
         };
         // As it is kept in memory: a body that arrived compressed is larger.
         let held = if let Taken::Event(event) = &taken { event.body.len() } else { 0 };
-        self.sizes().saw(bytes.max(held));
+        self.sizes().saw(size.max(held));
         taken
     }
 

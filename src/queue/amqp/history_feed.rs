@@ -28,7 +28,7 @@ use super::{
     history_state::{Backlog, QueueState},
     message,
     pool::{Lease, Quarantine},
-    prefetch::is_other,
+    prefetch::{is_other, size},
     record::{Record, now},
     shared::Shared,
     state_stream,
@@ -228,8 +228,9 @@ impl History {
             self.arrived(published, clock::now());
             return 0;
         }
+        let size = size(published, &delivery.properties);
         let row = row(delivery, clock::now());
-        self.shared.history.sizes().saw(row.body.len());
+        self.shared.history.sizes().saw(size.max(row.body.len()));
         self.arrived(published, row.at);
         self.at = Some(row.at);
         let bytes = row.body.len();

@@ -1,6 +1,11 @@
 //! The number of events that may be on their way to a lane: small until their sizes are known,
 //! since a broker counts messages, not bytes.
 
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldArray, FieldTable},
+};
+
 use crate::queue::{FEWEST, MOST_BYTES};
 
 /// Messages, at least, of which the largest is remembered.
@@ -36,6 +41,40 @@ impl Sizes {
     }
 }
 
+/// Bytes of memory that a message takes. Headers take many times what they arrive as.
+pub(super) fn size(body: usize, properties: &BasicProperties) -> usize {
+    body + properties.headers().as_ref().map_or(0, of_table)
+}
+
+/// Bytes of a node of a `BTreeMap`, which has at least five entries unless it is the only one.
+const NODE: usize = 640;
+
+/// Bytes of an entry of a `Vec`, which may have twice the room that it needs.
+const ENTRY: usize = 2 * size_of::<AMQPValue>();
+
+fn of_table(table: &FieldTable) -> usize {
+    let entries = table.inner();
+    let inner: usize =
+        entries.iter().map(|(key, value)| key.as_str().len() + of_value(value)).sum();
+    entries.len().div_ceil(5) * NODE + inner
+}
+
+fn of_array(array: &FieldArray) -> usize {
+    array.as_slice().iter().map(|value| ENTRY + of_value(value)).sum()
+}
+
+/// Those besides the value itself.
+fn of_value(value: &AMQPValue) -> usize {
+    match value {
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::LongString(text) => text.len(),
+        AMQPValue::ByteArray(bytes) => bytes.len(),
+        AMQPValue::FieldArray(array) => of_array(array),
+        AMQPValue::FieldTable(table) => of_table(table),
+        _ => 0,
+    }
+}
+
 /// Whether a prefetch of `next` instead of `now` is worth another consumer.
 pub(super) const fn is_other(now: u16, next: u16, window: u16) -> bool {
     next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window)
@@ -49,6 +88,26 @@ mod tests {
         let mut all = Sizes::default();
         sizes.into_iter().for_each(|bytes| all.saw(bytes));
         all
+    }
+
+    #[test]
+    fn headers_count_by_the_memory_that_they_take() {
+        let with = |headers| size(400, &BasicProperties::default().with_headers(headers));
+        let mut usual = FieldTable::default();
+        usual.insert("traceparent".into(), AMQPValue::LongString("t".repeat(55).into()));
+        let usual = with(usual);
+        assert_eq!((usual, after([usual; 9000]).allow(u16::MAX)), (1106, 60_677));
+        // As long as the longest header of RabbitMQ, 128 KiB: nothings, and tables of one nothing.
+        let nothings = FieldArray::from(vec![AMQPValue::Void; 128 << 10]);
+        let mut table = FieldTable::default();
+        table.insert("".into(), AMQPValue::Void);
+        let tables = FieldArray::from(vec![AMQPValue::FieldTable(table); (128 << 10) / 7]);
+        for (array, most) in [(nothings, 8 << 20), (tables, 13 << 20)] {
+            let mut headers = FieldTable::default();
+            headers.insert("a".into(), AMQPValue::FieldArray(array));
+            let size = with(headers);
+            assert!(size > most - (1 << 20) && size < most + (1 << 20), "{size}");
+        }
     }
 
     #[test]

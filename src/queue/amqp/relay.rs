@@ -19,7 +19,7 @@ use super::{
     declarations::source_is_stream,
     message::{self, Message},
     pool::{Lease, Pool},
-    prefetch::{Sizes, is_other},
+    prefetch::{Sizes, is_other, size},
     publisher::{PublishResult, Publisher},
     shared::{Shared, stopped},
     topology::Topology,
@@ -182,7 +182,7 @@ impl Relay<'_> {
         let (mut next, mut bytes) = (Some(first), 0);
         while let Some(delivery) = next {
             group.tag = delivery.delivery_tag;
-            sizes.saw(delivery.data.len());
+            sizes.saw(size(delivery.data.len(), &delivery.properties));
             let message = relayed(self.topology, delivery);
             // A body that arrived compressed is larger now.
             bytes += message.body.len();

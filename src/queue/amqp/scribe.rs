@@ -22,7 +22,7 @@ use super::{
     line::{Line, Sharing},
     message,
     pool::Pool,
-    prefetch::Sizes,
+    prefetch::{Sizes, size},
     relay::is_of_stream,
     requests::Broker,
     shared::{stopped, supervised},
@@ -451,7 +451,7 @@ impl Session<'_> {
         let (mut group, mut next) = (Group::default(), Some(first));
         while let Some(delivery) = next {
             group.tag = delivery.delivery_tag;
-            let arrived = delivery.data.len();
+            let arrived = size(delivery.data.len(), &delivery.properties);
             let delivered = self.scribe.delivered(delivery);
             // A body that arrived compressed is larger now.
             let bytes = arrived.max(delivered.event.body.len());
