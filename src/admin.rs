@@ -293,7 +293,7 @@ mod tests {
         let (reloader, _changes) = Reloader::new(
             config,
             crate::store::KeptSubscribers::default(),
-            metrics,
+            Board::new(metrics),
             crate::queue::Removals::default(),
             crate::telemetry::log::Level::default(),
         );

@@ -127,7 +127,7 @@ async fn deliver(
     let board = Board::observed(metrics.clone(), history.observers.clone());
     let kept = kept_by(&history.store).await;
     let (reloader, changes) =
-        Reloader::new(config, kept, metrics.clone(), queue.removals().clone(), level);
+        Reloader::new(config, kept, board.clone(), queue.removals().clone(), level);
     let subscribers = reloader.config().subscribers.clone();
     if subscribers.is_empty() {
         tracing::warn!(config = %reloader.config().path.display(), "no [[subscriber]] is configured: nothing will be delivered");

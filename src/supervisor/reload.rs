@@ -20,7 +20,7 @@ use crate::{
         fleet::Change,
         managed::{Entry, Managed},
     },
-    telemetry::{log, metrics::Metrics},
+    telemetry::{log, metrics::Metrics, status::Board},
     wording::{agreed, counted},
 };
 
@@ -52,7 +52,7 @@ struct Inner {
     removals: Removals,
     level: log::Level,
     changes: mpsc::Sender<Change>,
-    metrics: Metrics,
+    board: Board,
     /// Held during a reload: there is one at a time.
     reloading: Mutex<()>,
 }
@@ -135,7 +135,7 @@ impl Reloader {
     pub fn new(
         of_files: Config,
         kept: KeptSubscribers,
-        metrics: Metrics,
+        board: Board,
         removals: Removals,
         level: log::Level,
     ) -> (Self, mpsc::Receiver<Change>) {
@@ -144,7 +144,7 @@ impl Reloader {
         let config = managed.compose(&of_files);
         managed.protect(&removals);
         log_managed(&managed, &of_files, &Managed::default());
-        metrics.configured(config.subscribers.len(), clock::now());
+        board.metrics().configured(config.subscribers.len(), clock::now());
         let inner = Inner {
             subscribers: watch::Sender::new(config.subscribers.clone()),
             shutdown_timeout: watch::Sender::new(config.shutdown_timeout),
@@ -158,10 +158,20 @@ impl Reloader {
             removals,
             level,
             changes,
-            metrics,
+            board,
             reloading: Mutex::default(),
         };
         (Self(Arc::new(inner)), receiver)
+    }
+
+    fn metrics(&self) -> &Metrics {
+        self.0.board.metrics()
+    }
+
+    fn log_changes(&self, changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) {
+        log_changes(changes, not_bound, because, |subscriber| {
+            self.0.board.batches_waiting(subscriber, clock::instant(), clock::now())
+        });
     }
 
     pub fn config(&self) -> Arc<Config> {
@@ -220,19 +230,19 @@ impl Reloader {
             Ok(Reloaded { changes, not_bound }) => {
                 self.0.problem.send_replace(None);
                 self.0.held.send_replace(None);
-                self.0.metrics.reloaded(true);
-                self.0.metrics.configured(self.config().subscribers.len(), clock::now());
-                log_changes(changes, not_bound, because);
+                self.metrics().reloaded(true);
+                self.metrics().configured(self.config().subscribers.len(), clock::now());
+                self.log_changes(changes, not_bound, because);
             }
             Err(Unchanged::Wrong(why)) => {
                 self.0.problem.send_replace(Some(why.clone()));
-                self.0.metrics.reloaded(false);
+                self.metrics().reloaded(false);
                 let problems = why.lines().collect::<Vec<_>>().join("; ");
                 tracing::error!(because, problems, "the configuration was not reloaded");
             }
             Err(Unchanged::Held(held)) => {
                 self.0.problem.send_replace(None);
-                self.0.metrics.reloaded(false);
+                self.metrics().reloaded(false);
                 if self.0.held.send_replace(Some(held.clone())).as_ref() != Some(held) {
                     tracing::error!(because, subscribers = ?held.subscribers, "the configuration was not reloaded: {}", held.why);
                 }
@@ -404,8 +414,14 @@ fn log_managed(managed: &Managed, files: &Config, before: &Managed) {
     }
 }
 
-/// Logs a reload: one line, whatever the number of subscribers.
-fn log_changes(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) {
+/// Logs a reload: one line, whatever the number of subscribers. `batches`: those of a subscriber that
+/// wait for an attempt.
+fn log_changes(
+    changes: &Changes,
+    not_bound: &BTreeSet<SubscriberName>,
+    because: &str,
+    batches: impl Fn(&str) -> u64,
+) {
     let Changes { changes, settings, needs_restart } = changes;
     if changes.is_empty() && settings.is_empty() {
         tracing::info!(because, "the configuration was read again; it means the same");
@@ -442,7 +458,8 @@ fn log_changes(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because:
         tracing::info!(
             because,
             subscriber = c.subscriber.as_str(),
-            "what its `match` and `redact` say now holds for what waits in its queue too; batches that wait for an attempt, of retries and of replays, and dead letters keep the bytes that they have"
+            batches = batches(c.subscriber.as_str()),
+            "what its `match` and `redact` say now holds for what waits in its queue too; `batches` that wait for an attempt, of retries and of replays, and dead letters keep the bytes that they have"
         );
     }
     for subscriber in not_bound {

@@ -142,6 +142,17 @@ impl Board {
         Some(view)
     }
 
+    /// The batches of a subscriber that wait for an attempt, by the latest poll and by what this
+    /// daemon has scheduled since.
+    pub fn batches_waiting(&self, subscriber: &str, now: Instant, time: SystemTime) -> u64 {
+        let scheduled = self.view(subscriber, now, time).map_or(0, |v| v.retries_scheduled as u64);
+        let polled = self.0.depths.borrow();
+        let depths = polled.as_ref().and_then(|polled| polled.depths.as_ref().ok());
+        let depth = depths.and_then(|depths| depths.subscribers.get(subscriber));
+        let Depth { retries, delayed, .. } = depth.copied().unwrap_or_default();
+        retries + delayed.max(scheduled)
+    }
+
     /// What a lane has done in the last hour.
     pub fn last_hour(&self, subscriber: &str, now: Instant) -> Option<LastHour> {
         let lane = lock(&self.0.lanes).get(subscriber)?.clone();

@@ -135,17 +135,16 @@ mod tests {
             );
         std::fs::write(&path, text).expect("writes");
         let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
-        let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
+        let (queue, board) = (Fake::default(), Board::new(Metrics::new(clock::now())));
         let (removals, level) = (queue.removals().clone(), log::Level::default());
         let (reloader, _changes) = Reloader::new(
             config,
             crate::store::KeptSubscribers::default(),
-            metrics.clone(),
+            board.clone(),
             removals,
             level,
         );
         let phase = tokio::sync::watch::Sender::new(Phase::Running).subscribe();
-        let board = Board::new(metrics);
         let store = FakeStore::default();
         let history = Health::new(&store, board.clone());
         let control = Control::new(queue.clone(), store, reloader, board, phase, history);

@@ -51,11 +51,11 @@ impl Drop for Ends {
 }
 
 async fn serve(config: Config) -> Served {
-    let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
+    let (queue, board) = (Fake::default(), Board::new(Metrics::new(clock::now())));
     let (reloader, changes) = Reloader::new(
         config,
         KeptSubscribers::default(),
-        metrics.clone(),
+        board.clone(),
         queue.removals().clone(),
         log::Level::default(),
     );
@@ -68,7 +68,6 @@ async fn serve(config: Config) -> Served {
             next.run(request).await
         }
     });
-    let board = Board::new(metrics);
     let store = crate::store::fake::FakeStore::default();
     let history = Health::new(&store, board.clone());
     let control =

@@ -54,7 +54,7 @@ impl Play<'_> {
         let (reloader, changes) = Reloader::new(
             self.config.clone(),
             KeptSubscribers::default(), // the store is new
-            metrics,
+            board.clone(),
             queue.removals().clone(),
             Level::default(),
         );

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Because, Reloader, Unchanged, log_changes, log_managed};
+use super::{Because, Reloader, Unchanged, log_managed};
 use crate::{
     clock,
     config::{
@@ -406,8 +406,8 @@ impl Editing<'_> {
         match &done {
             Ok(super::Reloaded { changes, not_bound }) => {
                 let count = self.reloader.config().subscribers.len();
-                inner.metrics.configured(count, clock::now());
-                log_changes(changes, not_bound, because.text());
+                inner.board.metrics().configured(count, clock::now());
+                self.reloader.log_changes(changes, not_bound, because.text());
             }
             Err(Unchanged::Stopping) => {}
             Err(why) => {
@@ -434,7 +434,7 @@ mod tests {
         config::testing,
         queue::{QueueError, Removals, fake::Fake},
         store::{KeptSubscribers, fake::FakeStore},
-        telemetry::{log, metrics::Metrics},
+        telemetry::{log, metrics::Metrics, status::Board},
     };
 
     /// A reloader whose fleet takes every change.
@@ -447,7 +447,7 @@ mod tests {
         let (reloader, mut changes) = Reloader::new(
             testing::embedded(""),
             KeptSubscribers::default(),
-            Metrics::new(clock::now()),
+            Board::new(Metrics::new(clock::now())),
             removals.clone(),
             log::Level::default(),
         );

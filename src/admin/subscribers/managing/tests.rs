@@ -27,21 +27,15 @@ fn world_of(waits: Waits, tables: &str) -> World {
     let config = testing::embedded(&format!("[admin]\ntoken = \"t\"\nmanage = true\n{tables}"));
     let (store, kept) = (FakeStore::default(), KeptSubscribers::default());
     let token: Token = config.admin.all_tokens().remove(0);
-    let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
-    let (reloader, mut changes) = Reloader::new(
-        config,
-        kept,
-        metrics.clone(),
-        queue.removals().clone(),
-        log::Level::default(),
-    );
+    let (queue, board) = (Fake::default(), Board::new(Metrics::new(clock::now())));
+    let (reloader, mut changes) =
+        Reloader::new(config, kept, board.clone(), queue.removals().clone(), log::Level::default());
     tokio::spawn(async move {
         while let Some(change) = changes.recv().await {
             change.done.send(Ok(BTreeSet::new())).ok();
         }
     });
     let phase = watch::Sender::new(Phase::Running);
-    let board = Board::new(metrics);
     let health = Health::new(&store, board.clone());
     let follows = phase.subscribe();
     let mut control = Control::new(queue.clone(), store.clone(), reloader, board, follows, health);
