@@ -418,6 +418,10 @@ pub const MOST_BYTES: u64 = 64 << 20;
 /// and the largest.
 pub const FEWEST: u16 = 16;
 
+/// RabbitMQ's default consumer timeout: a consumer that has a message unacked for longer loses its
+/// channel.
+pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
 /// The most messages that a lane may have unsettled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -427,13 +431,24 @@ pub struct Window {
 
 impl Window {
     /// The window of a subscriber: for each request in flight its batch, and one that fills
-    /// meanwhile.
+    /// meanwhile; one that is made for the next request, and one whose ack is under way. Without the
+    /// last two if a message could wait for longer than [`CONSUMER_TIMEOUT`] with them.
     pub fn of(subscriber: &Subscriber) -> Self {
         let slots = subscriber.http.concurrency;
+        let (most, fewest) = (2 * slots + 2, 2 * slots);
+        let window = Self::of_batches(most, subscriber);
+        match window.longest_hold(subscriber, subscriber.batch.max_events) {
+            hold if hold > CONSUMER_TIMEOUT => Self::of_batches(fewest, subscriber),
+            _ => window,
+        }
+    }
+
+    fn of_batches(batches: usize, subscriber: &Subscriber) -> Self {
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-        let full = 2 * slots * subscriber.batch.max_events;
-        let fits = subscriber.http.rate.map(|rate| rate.window(subscriber.batch.max_events));
-        Self { events: clamp(full.min(fits.unwrap_or(full))), envelopes: clamp(slots) }
+        let max_events = subscriber.batch.max_events;
+        let fits = subscriber.http.rate.map_or(usize::MAX, |rate| rate.window(max_events));
+        let events = clamp((batches * max_events).min(fits));
+        Self { events, envelopes: clamp(subscriber.http.concurrency) }
     }
 
     /// The longest time that a message of this window is unsettled, if each batch has

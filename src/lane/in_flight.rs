@@ -94,8 +94,17 @@ impl InFlight {
 /// The result of a task of the session.
 #[derive(Debug)]
 pub(super) enum Done {
-    Attempted { number: u64, in_flight: Box<InFlight>, outcome: Outcome, took: Duration },
-    Settled(Result<(), SettleError>),
+    Attempted {
+        number: u64,
+        in_flight: Box<InFlight>,
+        outcome: Outcome,
+        took: Duration,
+    },
+    /// `stored`: messages were written, and not only acks.
+    Settled {
+        stored: bool,
+        result: Result<(), SettleError>,
+    },
 }
 
 /// An attempt whose outcome is not known.

@@ -5,7 +5,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::{sync::watch, task::JoinSet, time::sleep_until};
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+    time::sleep_until,
+};
 
 use super::{
     in_flight::{Admitted, Done, InFlight, Started, first_attempt, happened_at},
@@ -63,10 +67,20 @@ pub(super) enum End {
     Unsent,
 }
 
+/// The next full batch, made while the requests that may be in flight are: then it is sent as soon as
+/// one of them ends. Nothing waits for it: when the session ends, its events are unsettled as others
+/// are.
+struct Ahead {
+    events: u64,
+    arrived_at: SystemTime,
+    made: JoinHandle<InFlight>,
+}
+
 pub(super) struct Session<'l, Q: Queue> {
     lane: &'l mut State<Q>,
     settler: Q::Settler,
     batcher: Batcher<Admitted>,
+    ahead: Option<Ahead>,
     /// Batches to be retried.
     retries: VecDeque<(Batch, Receipt)>,
     tasks: JoinSet<Done>,
@@ -75,8 +89,10 @@ pub(super) struct Session<'l, Q: Queue> {
     /// The attempts without an outcome, by number.
     attempting: BTreeMap<u64, Started>,
     turns: Turns,
-    /// The number of settlements that are not durable yet.
-    settling: usize,
+    /// The number of settlements that write a message, and are not durable yet.
+    storing: usize,
+    /// The number of settlements that only ack, and have not.
+    acking: usize,
     /// Set once; nothing is taken or started afterwards.
     end: Option<End>,
     /// Something was settled, so the queue works.
@@ -94,12 +110,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
             lane,
             settler,
             batcher,
+            ahead: None,
             retries: VecDeque::new(),
             tasks: JoinSet::new(),
             attempts: 0,
             attempting: BTreeMap::new(),
             turns: Turns::default(),
-            settling: 0,
+            storing: 0,
+            acking: 0,
             end: None,
             settled: false,
             held_by_rate: None,
@@ -128,8 +146,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let open = self.end.is_none();
             let take = open && gathering.is_none();
             let due = self.wakes_at();
-            let idle =
-                self.tasks.is_empty() && self.retries.is_empty() && self.batcher.due().is_none();
+            let idle = self.tasks.is_empty()
+                && self.retries.is_empty()
+                && self.ahead.is_none()
+                && self.batcher.due().is_none();
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
@@ -172,13 +192,19 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// The number of requests that may be in flight; `None` if none may be started. `None` while a
-    /// settlement is unconfirmed: if it fails, those attempts would be repeated.
+    /// settlement is unconfirmed: if it fails, those attempts would be repeated. Acks seldom fail:
+    /// none is started while more of them are unconfirmed than requests may be in flight. In strict
+    /// order none is while one is.
     fn slots(&mut self) -> Option<Slots> {
-        if self.end.is_some() || self.settling > 0 { None } else { self.lane.slots() }
+        let subscriber = &self.lane.subscriber;
+        let most = if subscriber.in_order { 0 } else { subscriber.http.concurrency };
+        let waits = self.end.is_some() || self.storing > 0 || self.acking > most;
+        if waits { None } else { self.lane.slots() }
     }
 
     fn waiting(&self, now: Instant) -> Waiting {
-        let first_due = if self.batcher.ready(now) { Some(now) } else { self.batcher.due() };
+        let is_ready = self.ahead.is_some() || self.batcher.ready(now);
+        let first_due = if is_ready { Some(now) } else { self.batcher.due() };
         Waiting { first_due, retries: !self.retries.is_empty() }
     }
 
@@ -196,15 +222,16 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.held_by_rate = None;
         while let Some(slots) = self.slots() {
             let now = clock::instant();
-            let Some(turn) = self.turns.choose(slots, self.waiting(now), now) else { return };
+            let Some(turn) = self.turns.choose(slots, self.waiting(now), now) else { break };
             if !self.pay(turn, now) {
-                return;
+                break;
             }
             match turn {
                 Turn::Retry => self.begin_retry(slots),
                 Turn::First => self.begin_first(slots),
             }
         }
+        self.make_ahead();
     }
 
     /// Whether `http.rate` allows the next attempt now. Each attempt pays, whatever it is.
@@ -212,7 +239,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let Some(bucket) = &mut self.lane.bucket else { return true };
         let events = match turn {
             Turn::Retry => self.retries.front().map_or(0, |(batch, _)| u64::from(batch.events)),
-            Turn::First => self.batcher.front_len() as u64,
+            Turn::First => {
+                self.ahead.as_ref().map_or(self.batcher.front_len() as u64, |ahead| ahead.events)
+            }
         };
         self.held_by_rate = bucket.wait(events, now);
         if self.held_by_rate.is_some() {
@@ -243,7 +272,33 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.attempt(events, arrived_at, Turn::Retry, slots, async move { in_flight });
     }
 
+    fn make_ahead(&mut self) {
+        let may_begin = self.end.is_none() && self.ahead.is_none() && self.lane.is_unrestrained();
+        if !may_begin || !self.batcher.front_is_full() {
+            return;
+        }
+        let (events, bytes) = self.batcher.cut();
+        let subscriber = self.lane.subscriber.clone();
+        self.ahead = Some(Ahead {
+            events: events.len() as u64,
+            arrived_at: events.first().map_or_else(clock::now, |e| e.arrived_at),
+            made: tokio::spawn(async move { first_attempt(&subscriber, events, bytes) }),
+        });
+    }
+
     fn begin_first(&mut self, slots: Slots) {
+        if let Some(Ahead { events, arrived_at, made }) = self.ahead.take() {
+            self.attempt(events, arrived_at, Turn::First, slots, async move {
+                match made.await {
+                    Ok(mut in_flight) => {
+                        in_flight.batch.first_attempt_at = Some(clock::now());
+                        in_flight
+                    }
+                    Err(e) => std::panic::resume_unwind(e.into_panic()),
+                }
+            });
+            return;
+        }
         let (events, bytes) = self.batcher.cut();
         let subscriber = self.lane.subscriber.clone();
         let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
@@ -303,21 +358,29 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// Settles in a task, which reports what was `settled` once it is durable, or has failed.
     fn settle(&mut self, receipts: Vec<Receipt>, settlement: Settlement, settled: Settled) {
         let (settler, reporter) = (self.settler.clone(), self.lane.reporter());
-        self.settling += 1;
+        let stored = !matches!(settlement, Settlement::Delivered);
+        *self.pending(stored) += 1;
         self.tasks.spawn(async move {
             let result = settler.settle(receipts, settlement).await;
-            Done::Settled(reported(&reporter, result, settled))
+            Done::Settled { stored, result: reported(&reporter, result, settled) }
         });
+    }
+
+    const fn pending(&mut self, stored: bool) -> &mut usize {
+        if stored { &mut self.storing } else { &mut self.acking }
     }
 
     fn report_unsettled(&self) {
         let front = self.batcher.front().map(|e| e.arrived_at);
         let retries = self.retries.iter().filter_map(|(batch, _)| batch.first_attempt_at);
         let attempting = self.attempting.values().map(|a| a.arrived_at);
-        let oldest_arrived_at = attempting.chain(front).chain(retries).min();
+        let ahead = self.ahead.as_ref();
+        let arrived_ahead = ahead.map(|ahead| ahead.arrived_at);
+        let oldest_arrived_at = attempting.chain(front).chain(retries).chain(arrived_ahead).min();
         let attempted: u64 = self.attempting.values().map(|a| a.events).sum();
         let retries: u64 = self.retries.iter().map(|(batch, _)| u64::from(batch.events)).sum();
-        let events = attempted + retries + self.batcher.len() as u64;
+        let ahead = ahead.map_or(0, |ahead| ahead.events);
+        let events = attempted + retries + ahead + self.batcher.len() as u64;
         self.lane.report(&LaneEvent::Unsettled { events, oldest_arrived_at });
     }
 
@@ -360,8 +423,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn done(&mut self, done: Done) {
         match done {
-            Done::Settled(result) => {
-                self.settling -= 1;
+            Done::Settled { stored, result } => {
+                *self.pending(stored) -= 1;
                 match result {
                     Ok(()) => {
                         self.settled = true;
@@ -556,14 +619,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let settled = Settled::Paused(in_flight.batch.id.clone());
         let kept = Settlement::Retry { batches: vec![in_flight.batch], delay: Duration::ZERO };
         let reporter = self.lane.reporter();
-        self.settling += 1;
+        self.storing += 1;
         self.tasks.spawn(async move {
             let recorded = if is_recorded { Ok(()) } else { queue.record(&name, pause).await };
             let result = match recorded {
                 Ok(()) => settler.settle(in_flight.receipts, kept).await,
                 Err(e) => Err(SettleError::Unconfirmed(e.to_string())),
             };
-            Done::Settled(reported(&reporter, result, settled))
+            Done::Settled { stored: true, result: reported(&reporter, result, settled) }
         });
     }
 }

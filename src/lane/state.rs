@@ -280,6 +280,11 @@ impl<Q: Queue> State<Q> {
         }
     }
 
+    /// Whether batches and requests are as configured: the circuit is closed, and no ramp lasts.
+    pub(super) fn is_unrestrained(&mut self) -> bool {
+        self.breaker.ramp().is_none() && self.breaker.permit(clock::instant()) == Permit::Flow
+    }
+
     /// The most events and bytes of a first attempt. While the ramp lasts they are fewer than
     /// configured.
     pub(super) fn batch_limits(&self) -> (usize, usize) {

@@ -99,6 +99,11 @@ impl<T> Batcher<T> {
         self.front.0
     }
 
+    /// Whether the next item would not fit into the front batch.
+    pub const fn front_is_full(&self) -> bool {
+        self.front_is_full
+    }
+
     /// The oldest item that waits.
     pub fn front(&self) -> Option<&T> {
         self.waiting.front().map(|(item, ..)| item)

@@ -98,7 +98,7 @@ pub use self::{
     ladder::{Hold, hold},
     repair::Repaired,
     scribe::Scribe,
-    topology::{CONSUMER_TIMEOUT, Footprint, footprint, intake_footprint},
+    topology::{Footprint, footprint, intake_footprint},
 };
 use crate::{
     clock,

@@ -54,7 +54,9 @@ struct State {
     /// The answer to what is enqueued, once set.
     refuses: Option<QueueError>,
     /// The hold of the next record.
-    held: Option<HeldRecord>,
+    held: Option<Hold>,
+    /// Subscribers whose settlements wait.
+    settling: BTreeMap<SubscriberName, Hold>,
     history: History,
     begins: BTreeMap<SubscriberName, Begin>,
     /// What was bound before; `None` while that cannot be asked.
@@ -118,21 +120,34 @@ impl HistorySource for FakeHistory {
     async fn close(self) {}
 }
 
-/// A record that is begun, and waits until the test lets it go on.
+/// What is begun and waits until the test lets it go on.
 #[derive(Debug, Clone)]
-pub(crate) struct HeldRecord {
+pub(crate) struct Hold {
     begun: Arc<Semaphore>,
     goes_on: Arc<Semaphore>,
 }
 
-impl HeldRecord {
-    /// Waits until it is begun.
+impl Default for Hold {
+    fn default() -> Self {
+        Self { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) }
+    }
+}
+
+impl Hold {
+    /// Waits until one is begun, each time another one.
     pub(crate) async fn begun(&self) {
-        self.begun.acquire().await.expect("is not closed").forget();
+        let begun = tokio::time::timeout(Duration::from_secs(30), self.begun.acquire()).await;
+        begun.expect("one is begun").expect("is not closed").forget();
     }
 
+    /// Lets one go on.
     pub(crate) fn go_on(&self) {
         self.goes_on.add_permits(1);
+    }
+
+    async fn wait(&self) {
+        self.begun.add_permits(1);
+        self.goes_on.acquire().await.expect("is not closed").forget();
     }
 }
 
@@ -159,10 +174,16 @@ impl Fake {
     }
 
     /// Holds up the next record.
-    pub(crate) fn hold_record(&self) -> HeldRecord {
-        let held =
-            HeldRecord { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) };
+    pub(crate) fn hold_record(&self) -> Hold {
+        let held = Hold::default();
         self.with(|s| s.held = Some(held.clone()));
+        held
+    }
+
+    /// Holds up the settlements of a subscriber from now on.
+    pub(crate) fn hold_settlements(&self, subscriber: &str) -> Hold {
+        let held = Hold::default();
+        self.with(|s| s.settling.insert(subscriber.into(), held.clone()));
         held
     }
 
@@ -337,8 +358,7 @@ impl Queue for Fake {
         pause_state: PauseState,
     ) -> Result<(), QueueError> {
         if let Some(held) = self.with(|s| s.held.take()) {
-            held.begun.add_permits(1);
-            held.goes_on.acquire().await.expect("is not closed").forget();
+            held.wait().await;
         }
         self.with(|s| {
             s.pause_states.send_modify(|all| {
@@ -495,6 +515,9 @@ impl Settler for End {
         receipts: Vec<Receipt>,
         settlement: Settlement,
     ) -> Result<(), SettleError> {
+        if let Some(held) = self.fake.with(|s| s.settling.get(&self.subscriber).cloned()) {
+            held.wait().await;
+        }
         self.fake.with(|s| {
             if let Some(answer) = s.answers.pop_front() {
                 return Err(answer);

@@ -527,7 +527,7 @@ mod tests {
 
     fn table(name: &str, url: &str) -> String {
         let lines = format!(
-            "url = \"{url}\"\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}"
+            "url = \"{url}\"\nbatch.max_wait = \"0s\"\nhttp.allow_http = true\nhttp.allow_private_addresses = true"
         );
         testing::table(name, &lines)
     }
@@ -612,6 +612,68 @@ mod tests {
             assert!(delay >= Duration::from_secs(4), "{delay:?}");
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn no_request_begins_while_more_acks_are_pending_than_requests_may_be() {
+        let events = [r#"{"event":"a"}"#; 6];
+        let cases = [
+            (200, "http.concurrency = 1", 2),
+            (200, "http.concurrency = 2", 4),
+            (200, "order = \"strict\"", 1),
+            // What becomes of a failed batch is known before the next request.
+            (503, "circuit_breaker.failures = 0", 1),
+        ];
+        for (status, line, allowed) in cases {
+            let answer: fn(usize) -> u16 = if status == 200 { |_| 200 } else { |_| 503 };
+            let ((url, requests), (others, other_requests)) =
+                (receiver(answer).await, receiver(|_| 200).await);
+            let held = format!("{}batch.max_events = 1\n{line}\n", table("held", &url));
+            let other = format!("{}batch.max_events = 1\n", table("other", &others));
+            let queue = Fake::default();
+            queue.put("held", &events);
+            let settlements = queue.hold_settlements("held");
+            let config = testing::embedded(&(held + &other));
+            while_running(queue.clone(), config, async {
+                for _ in 0..allowed {
+                    settlements.begun().await;
+                }
+                // A request too many would have come before these.
+                queue.put("other", &events);
+                let others_came = || other_requests.load(Ordering::SeqCst) == events.len();
+                until("the other lane delivers", others_came).await;
+                assert_eq!(requests.load(Ordering::SeqCst), allowed, "{status} {line}");
+                for _ in 0..events.len() {
+                    settlements.go_on();
+                }
+                until("all are settled", || queue.is_empty()).await;
+            })
+            .await;
+            assert_eq!(requests.load(Ordering::SeqCst), events.len(), "{status} {line}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_made_ahead_when_the_circuit_opened_is_taken_again_and_sent_once() {
+        let (url, requests) = receiver(|n| if n == 0 { 503 } else { 200 }).await;
+        let queue = Fake::default();
+        let events = [r#"{"event":"a"}"#; 6];
+        queue.put("a", &events);
+        let lines =
+            "batch.max_events = 2\ncircuit_breaker = { failures = 1, open_for = \"100ms\" }\n";
+        let config = testing::embedded(&(table("a", &url) + lines));
+        while_running(queue.clone(), config, async {
+            until("all are settled", || queue.is_empty()).await;
+            assert_eq!(queue.retries().len(), 1);
+            assert_eq!(queue.opened(), 2, "a session before the circuit opened, and one after it");
+        })
+        .await;
+        // After an outage batches grow from one event.
+        assert_eq!(
+            requests.load(Ordering::SeqCst),
+            1 + 3,
+            "one that failed, then 1, 2 and 1 events"
+        );
     }
 
     #[tokio::test]

@@ -10,8 +10,8 @@ use crate::{
         retry::{Next, RetryOptions, RetryPolicy},
     },
     queue::{
-        FEWEST, MOST_BYTES, Window,
-        amqp::{self, CONSUMER_TIMEOUT, Footprint, Hold},
+        CONSUMER_TIMEOUT, FEWEST, MOST_BYTES, Window,
+        amqp::{self, Footprint, Hold},
     },
 };
 
@@ -172,8 +172,8 @@ pub(super) struct Bounds {
     pub(super) window: Window,
     /// The most requests open at once.
     pub(super) requests: usize,
-    /// Bytes held with small events, whose batches are full: for each slot the batch in flight and
-    /// the one that fills, and the failed batches that wait.
+    /// Bytes held with small events, whose batches are full: those batches, and the failed ones that
+    /// wait.
     pub(super) usual: u64,
     /// Bytes held when each event is as large as a request body may be.
     pub(super) worst: u64,
@@ -188,11 +188,12 @@ impl Bounds {
     fn new(subscriber: &Subscriber) -> Self {
         let window = Window::of(subscriber);
         let (events, envelopes) = (u64::from(window.events), u64::from(window.envelopes));
-        let (slots, body) = (subscriber.http.concurrency as u64, subscriber.batch.max_bytes as u64);
+        let batches = events.div_ceil(subscriber.batch.max_events as u64);
+        let body = subscriber.batch.max_bytes as u64;
         Self {
             window,
             requests: subscriber.http.concurrency,
-            usual: (2 * slots).min(events) * body + envelopes * body,
+            usual: (batches + envelopes) * body,
             worst: (events * body).min(MOST_BYTES.max(u64::from(FEWEST) * body)) + envelopes * body,
             hold: window.longest_hold(subscriber, subscriber.batch.max_events),
             fewest: window.fewest_events(subscriber, CONSUMER_TIMEOUT),

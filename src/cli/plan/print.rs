@@ -11,7 +11,7 @@ use crate::{
     },
     config::{Auth, Config},
     policy::{circuit_breaker::BreakerPolicy, rate::RateOf, retry::Exhausted},
-    queue::amqp::{CONSUMER_TIMEOUT, Footprint},
+    queue::{CONSUMER_TIMEOUT, amqp::Footprint},
     wording::{agreed, counted},
 };
 
@@ -326,9 +326,9 @@ mod tests {
             " 16 6h 1m (4h 48m to 6h 1m) 46h 38m (in the queues of RabbitMQ ",
             "then it becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
             "opens after 5 failed attempts in a row. Then nothing is sent for 30s, and after that one batch is tried. If that fails too, it stays open for twice as long, up to 10m.",
-            "memory: 3.0 MiB with full batches. It takes up to 1,000 events and 1 failed batch at once: 65.0 MiB if each",
-            "with full batches a message waits at most 2m 5s",
-            "With fewer than 35 events in each batch",
+            "memory: 5.0 MiB with full batches. It takes up to 2,000 events and 1 failed batch at once: 65.0 MiB if each",
+            "with full batches a message waits at most 4m 9s",
+            "With fewer than 69 events in each batch",
             "consumer_timeout is 30m",
             "is not known: no daemon was asked",
         ] {

@@ -1,7 +1,5 @@
 //! Names of queues and exchanges, and the arguments of queues.
 
-use std::time::Duration;
-
 use lapin::types::{AMQPValue, FieldTable};
 
 use super::{ladder, pool::CHANNELS_PER_CONNECTION};
@@ -35,10 +33,6 @@ pub struct Footprint {
     /// Connections of each daemon.
     pub connections: usize,
 }
-
-/// RabbitMQ's default consumer timeout: a consumer that has a message unacked for longer loses its
-/// channel.
-pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// File descriptors of a node that a quorum queue takes (measured on 3.10: about 300 queues exhaust
 /// 927).

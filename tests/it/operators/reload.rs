@@ -7,6 +7,7 @@ use lapin::{
     types::FieldTable,
 };
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::support::{
     api::Api,
@@ -27,6 +28,7 @@ on_both_queues!(
     a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed,
     secrets_batches_and_pauses_change_without_a_restart,
     refusals_after_a_change_of_secrets_cost_no_event,
+    redact_holds_for_the_batch_that_was_made_ahead_and_not_for_those_that_were_sent,
     who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then,
     prune_says_that_a_daemon_has_to_let_go_first,
     prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_lost,
@@ -334,6 +336,38 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
         (answer.status, answer.json()),
         (200, json!({ "changes": [], "settings": [], "needs_restart": [], "not_bound": [] }))
     );
+}
+
+async fn redact_holds_for_the_batch_that_was_made_ahead_and_not_for_those_that_were_sent(
+    queue: Queue,
+) {
+    let gate = watch::Sender::new(false);
+    let held = gate.clone();
+    let receiver = Receiver::start(move |_, n| match n {
+        0 => status(503),
+        1 => status(200).when(&held),
+        _ => status(200),
+    })
+    .await;
+    let base =
+        queue.section(&["a"]) + &QUICK.replace("\"100ms\"", "\"2m\"").replace("\"1s\"", "\"1h\"");
+    let text = |more: &str| {
+        let lines = format!("batch = {{ max_events = 2 }}\n{more}");
+        base.clone() + &subscriber("a", &receiver.url, &lines)
+    };
+    let setup = Setup::with_text(&text(""));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..6).map(event)).await;
+    receiver.wait_requests(2).await;
+    rewrite(&setup, &daemon, &text("redact = [\"/actor/name\"]")).await;
+    // The one that failed, which waits for an hour.
+    daemon.wait_log("subscriber=\"a\" batches=1").await;
+    gate.send_replace(true);
+    let requests = receiver.wait_requests(3).await;
+    let shows = |n: usize| requests[n].events().iter().all(|e| e["actor"]["name"] == "Jane Doe");
+    let numbers: Vec<Vec<u64>> = requests.iter().map(|r| r.numbers()).collect();
+    assert_eq!(numbers, [[0, 1], [2, 3], [4, 5]]);
+    assert_eq!([shows(0), shows(1), shows(2)], [true, true, false]);
 }
 
 async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {

@@ -21,12 +21,12 @@ use crate::queue::amqp::{
     requests::{Broker, Refused},
     shared::Shared,
     state_stream,
-    topology::{CONSUMER_TIMEOUT, QueueRole},
+    topology::QueueRole,
     unusable::try_once,
 };
 use crate::{
     config::{Intake, Subscriber},
-    queue::{QueueError, Window},
+    queue::{CONSUMER_TIMEOUT, QueueError, Window},
     telemetry::finding::{Finding, shell_word},
     wording::counted,
 };
