@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::{subscribers::tenant_of, support::receiver::Request};
+use crate::{round::NOTICED, subscribers::tenant_of, support::receiver::Request};
 
 /// The events of a producer, as it knows them.
 #[derive(Debug, Default, Clone)]
@@ -81,6 +81,24 @@ pub(crate) struct Disturbance {
 /// The longest time before a fault in which an event can be accepted and not yet acked: behind a
 /// request that takes all of its time.
 pub(crate) const UNACKED: Duration = Duration::from_secs(6);
+
+/// The times in which a broker took the consumers of a subscriber because they held a delivery for
+/// longer than `patience`, by the logs of daemons.
+pub(crate) fn impatience(log: &str, patience: Duration) -> Vec<Disturbance> {
+    let of = |line: &str| {
+        let at = humantime::parse_rfc3339(line.split_whitespace().next()?).ok()?;
+        let (_, name) = line.split_once("subscriber=\"")?;
+        let (name, _) = name.split_once('"')?;
+        Some(Disturbance {
+            what: "the broker's patience ended".to_owned(),
+            whom: Some(name.to_owned()),
+            from: at - patience,
+            to: at + NOTICED,
+        })
+    };
+    let lines = log.lines().filter(|line| line.contains("delivery acknowledgement on channel"));
+    lines.filter_map(of).collect()
+}
 
 /// The evidence of one subscriber.
 #[derive(Debug, Default)]
@@ -451,6 +469,18 @@ impl Tally {
             ..Verdict::default()
         }
     }
+}
+
+#[test]
+fn what_a_broker_took_back_by_its_timeout_is_known_by_the_log() {
+    let log = "2026-11-29T12:52:57.299Z  WARN the lane lost its queue; it opens it again subscriber=\"busy\" error=the consumer \
+        of queue `t.sub.busy` ended: PRECONDITION_FAILED - delivery acknowledgement on channel 3 timed out\n\
+        2026-11-29T12:53:03.523Z  INFO the lane has its queue again subscriber=\"busy\"\n";
+    let all = impatience(log, Duration::from_secs(5));
+    assert_eq!(all.len(), 1, "{all:?}");
+    let at = humantime::parse_rfc3339("2026-11-29T12:52:57.299Z").expect("a time");
+    assert_eq!(all[0].whom.as_deref(), Some("busy"));
+    assert_eq!((all[0].from, all[0].to), (at - Duration::from_secs(5), at + NOTICED));
 }
 
 #[test]

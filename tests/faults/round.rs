@@ -13,8 +13,8 @@ use rand::{RngExt as _, rngs::StdRng};
 use crate::{
     fault::{Fault, Heal, Lasting},
     oracle::{
-        Disturbance, Ledger, Seen, Verdict, accepted, excuse_what_was_relayed_twice, judge,
-        numbers_in,
+        Disturbance, Ledger, Seen, Verdict, accepted, excuse_what_was_relayed_twice, impatience,
+        judge, numbers_in,
     },
     proxy::Weather,
     remembered::{Known, Remembered, Repeats},
@@ -531,6 +531,9 @@ impl<'w> Round<'w> {
         let log = self.world.log_of_all();
         if let Some(line) = log.lines().find(|l| l.contains("panicked")) {
             complaints.push(format!("a panic: {line}"));
+        }
+        if !self.calm {
+            self.disturbances.extend(impatience(&log, IMPATIENT));
         }
         let seen: Vec<Seen> =
             dead.into_iter().enumerate().map(|(n, dead)| self.seen(n, dead)).collect();
