@@ -88,7 +88,7 @@ fn shapes() -> Vec<Shape> {
 fn libraries() -> Option<PathBuf> {
     let folder = match std::env::var_os("HOOKTRAIL_BENCH_PEER") {
         Some(folder) if folder.is_empty() => return None,
-        Some(folder) => PathBuf::from(folder),
+        Some(folder) => std::path::absolute(folder).expect("a path"),
         None => {
             let program = PathBuf::from(env!("CARGO_BIN_EXE_hooktrail"));
             program.ancestors().nth(2).expect("the target folder").join("verifiers")
