@@ -709,6 +709,21 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::testing;
+
+    #[test]
+    fn a_window_has_two_batches_for_each_request_and_two_more_where_a_broker_has_the_patience() {
+        let events = |lines: &str| {
+            let config = testing::embedded(&testing::table("a", lines));
+            Window::of(&config.subscribers[0]).events
+        };
+        assert_eq!(events("batch.max_events = 100"), 400);
+        assert_eq!(events("batch.max_events = 100\nhttp.concurrency = 8"), 1800);
+        // An attempt may wait for as long as it takes: four of them are 20 min and 40 min.
+        assert_eq!(events("batch.max_events = 100\nhttp.timeout = \"150s\""), 400);
+        assert_eq!(events("batch.max_events = 100\nhttp.timeout = \"5m\""), 200);
+        assert_eq!(events("batch.max_events = 10000\nhttp.concurrency = 8"), u16::MAX);
+    }
 
     #[test]
     fn a_published_event_that_is_wanted_and_reached_no_queue_is_unbound() {
