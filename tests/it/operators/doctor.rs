@@ -165,7 +165,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
         let timeout = inspection.expect(
             "note",
             "consumer_timeout",
-            "hooktrail has a message unacked for at most 1m 14s 100ms with full batches",
+            "hooktrail has a message unacked for at most 2m 28s 100ms with full batches",
         );
         assert_eq!(timeout["about"][1], "subscriber `a`");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));

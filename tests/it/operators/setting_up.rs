@@ -328,6 +328,6 @@ fn plan_as_json_has_each_attempt_and_the_end() {
         (&"max_attempts".into(), &"dead_letter".into())
     );
     assert_eq!(a["circuit_open_s"], serde_json::json!([30.0, 60.0, 120.0, 240.0, 480.0, 600.0]));
-    assert_eq!(plan["memory_bytes"]["full_batches"], 3 << 20);
+    assert_eq!(plan["memory_bytes"]["full_batches"], 5 << 20);
     assert_eq!(plan["daemon"]["reload"], serde_json::Value::Null);
 }
