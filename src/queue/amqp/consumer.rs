@@ -139,7 +139,7 @@ impl Source {
         let topology = &shared.topology;
         let envelopes = Feed::open(for_envelopes, topology.retry(name), window.envelopes).await?;
         let sizes = shared.sizes(name);
-        let now = sizes.lock().unwrap_or_else(PoisonError::into_inner).allow(window.events);
+        let now = sizes.lock().unwrap_or_else(PoisonError::into_inner).first(window.events);
         let prefetch = Prefetch { now, window: window.events, since: 0, replacement: None };
         let events = Feed::open(for_events, topology.main(name), now).await?;
         let settler = Settler(Arc::new(Inner {
@@ -198,6 +198,16 @@ impl Source {
             self.fit();
         }
         Poll::Ready(taken)
+    }
+
+    /// The most messages that the broker may have delivered and no ack for: of earlier consumers those
+    /// that are known, and of this one its prefetch.
+    fn most_unacked(&self) -> u64 {
+        let Prefetch { now, since, ref replacement, .. } = self.prefetch;
+        let tracks = self.settler.0.tracks();
+        let latest = replacement.as_ref().map_or(0, |(next, _)| *next);
+        let earlier = tracks.events.unacked_after(0) - tracks.events.unacked_after(since);
+        earlier + u64::from(now) + u64::from(latest)
     }
 
     /// Replaces the consumer by one with the prefetch that the sizes of the messages allow now,
@@ -295,6 +305,7 @@ impl queue::Source for Source {
             self.events.consumer = consumer;
         }
         let inner = &*self.settler.0;
+        inner.sizes().requeued(self.most_unacked());
         if let Err(why) = inner.ack_stragglers().await {
             tracing::debug!(queue = self.events.queue, error = %why, "what was settled out of order is redelivered");
         }

@@ -21,6 +21,8 @@ pub(super) struct Sizes {
     seen: u64,
     /// The largest of the latest messages, and of those before them.
     largest: [u64; 2],
+    /// Messages at most that the last session has left unacked.
+    requeued: u64,
 }
 
 impl Sizes {
@@ -30,6 +32,17 @@ impl Sizes {
         }
         self.seen += 1;
         self.largest[0] = self.largest[0].max(bytes as u64);
+    }
+
+    /// A session ends, and leaves so many messages unacked at most.
+    pub(super) fn requeued(&mut self, messages: u64) {
+        self.requeued = messages;
+    }
+
+    /// The first prefetch of a session: what was requeued has room in it. Else a part of it would be
+    /// requeued behind the rest if this session ended soon.
+    pub(super) fn first(&self, window: u16) -> u16 {
+        self.allow(window).max(u16::try_from(self.requeued).unwrap_or(u16::MAX))
     }
 
     /// The number of messages that may be unacked, at most `window`. If the next ones are as large
@@ -77,7 +90,7 @@ fn of_value(value: &AMQPValue) -> usize {
 
 /// Whether a prefetch of `next` instead of `now` is worth another consumer.
 pub(super) const fn is_other(now: u16, next: u16, window: u16) -> bool {
-    next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window)
+    next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now != window)
 }
 
 #[cfg(test)]
@@ -108,6 +121,17 @@ mod tests {
             let size = with(headers);
             assert!(size > most - (1 << 20) && size < most + (1 << 20), "{size}");
         }
+    }
+
+    #[test]
+    fn a_session_begins_with_room_for_what_the_last_one_left() {
+        let mut sizes = after([300; 16]);
+        assert_eq!(sizes.first(20), 20);
+        sizes.requeued(36);
+        assert_eq!((sizes.first(20), sizes.allow(20)), (36, 20));
+        assert!(is_other(36, 20, 20), "and goes back to its window");
+        sizes.requeued(3);
+        assert_eq!(sizes.first(20), 20);
     }
 
     #[test]

@@ -43,6 +43,7 @@ tests_that_need!(
     broker:
     a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers,
     several_daemons_share_the_work,
+    what_is_requeued_while_the_prefetch_grows_keeps_its_order,
     events_of_a_source_queue_are_relayed_by_their_type,
 );
 
@@ -811,6 +812,28 @@ async fn all_signature_schemes_stand_side_by_side(queue: Queue) {
     assert_eq!(mac.len(), 64, "{text}");
     assert_eq!(request.header("mailtrap-signature"), mac);
     assert_eq!(request.header("x-hub-signature-256"), format!("sha256={mac}"));
+}
+
+fn what_is_requeued_while_the_prefetch_grows_keeps_its_order() {
+    run(async {
+        let queue = Queue::amqp();
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let more = "batch = { max_events = 5 }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+        let daemon = setup.start().await;
+        // Its first consumer takes 16, and the next one 20 besides.
+        queue.publish(TYPE, (0..60).map(event)).await;
+        eventually("the circuit opens a fourth time", async || {
+            daemon.log().matches("circuit open again").count() >= 3
+        })
+        .await;
+        receiver.now(|_, _| status(200));
+        eventually("the rest is delivered", async || receiver.accepted().contains(&59)).await;
+        queue.wait_backlog("a", 0).await;
+        let requests = receiver.requests();
+        let first: Vec<u64> = requests.iter().filter(|r| r.attempt() == 1).flat_map(|r| r.numbers()).collect();
+        assert_eq!(first, numbers(0..60), "first attempts, in order, each once");
+    });
 }
 
 fn several_daemons_share_the_work() {
