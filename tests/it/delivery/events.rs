@@ -769,12 +769,11 @@ async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_st
     queue: Queue,
 ) {
     let receiver = Receiver::start(|_, _| status(500)).await;
-    let more = "batch = { max_events = 3, max_bytes = \"3KiB\" }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
+    let more = "batch = { max_events = 5, max_bytes = \"3KiB\" }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
     let large = format!(r#"{{"event":"a","n":99,"pad":"{}"}}"#, "x".repeat(4096));
-    // Each session takes it with the first ones.
-    queue.publish(TYPE, (0..8).map(event).chain([large]).chain((8..30).map(event))).await;
+    queue.publish(TYPE, (0..20).map(event).chain([large]).chain((20..30).map(event))).await;
     eventually("the circuit opens a third time", async || {
         daemon.log().matches("circuit open again").count() >= 2
     })
@@ -831,7 +830,8 @@ fn what_is_requeued_while_the_prefetch_grows_keeps_its_order() {
         eventually("the rest is delivered", async || receiver.accepted().contains(&59)).await;
         queue.wait_backlog("a", 0).await;
         let requests = receiver.requests();
-        let first: Vec<u64> = requests.iter().filter(|r| r.attempt() == 1).flat_map(|r| r.numbers()).collect();
+        let first: Vec<u64> =
+            requests.iter().filter(|r| r.attempt() == 1).flat_map(|r| r.numbers()).collect();
         assert_eq!(first, numbers(0..60), "first attempts, in order, each once");
     });
 }
